@@ -1,0 +1,128 @@
+"""What the sans-IO transport core asks of the world around it, and the records that cross that border.
+
+The core never opens a socket, reads a clock or touches another process. Whoever runs it (the NIC process, a unit
+test, the simulator) hands in objects of these shapes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+type_Buffer = bytes | bytearray | memoryview
+
+
+class MemoryFault(Exception):
+    """The process's address space could not be read or written at `address` (unmapped, read-only, process gone)."""
+
+    def __init__(self, address: int, length: int) -> None:
+        super().__init__(f"cannot access {length} bytes at {address:#x}")
+        self.address = address
+        self.length = length
+
+
+class ProtectionError(Exception):
+    """A key, bound, access right or protection domain does not allow the access (IBA 10.6.3)."""
+
+
+class Memory(Protocol):
+    """One process's address space. Addresses are that process's virtual addresses, lengths are bytes."""
+
+    def read(self, address: int, length: int) -> type_Buffer:
+        """Return `length` bytes; the buffer is valid until the next call of `read`. Raises MemoryFault."""
+
+    def write(self, address: int, data: type_Buffer) -> None:
+        """Store `data`; may be deferred until `flush`, but `data` stays valid until then. Raises MemoryFault."""
+
+    def flush(self) -> None:
+        """Make every earlier `write` visible to the process. Raises MemoryFault for the first that failed."""
+
+
+class Sge(NamedTuple):
+    """A scatter/gather element, as in ibv_sge: address and length in bytes, local key."""
+
+    address: int
+    length: int
+    lkey: int
+
+
+class SendWqe(NamedTuple):
+    """A send work request, copied once out of the queue that the application shares with the NIC.
+
+    opcode: enum ib_wr_opcode (0 RDMA_WRITE, 1 WRITE_WITH_IMM, 2 SEND, 3 SEND_WITH_IMM, 4 RDMA_READ, 5 CMP_AND_SWP,
+    6 FETCH_AND_ADD, 7 LOCAL_INV, 8 BIND_MW, 9 SEND_WITH_INV); flags: IB_SEND_FENCE 1, SIGNALED 2, SOLICITED 4,
+    INLINE 8; imm: immediate data in network byte order as the application stored it, or the rkey to invalidate.
+    """
+
+    wr_id: int
+    opcode: int
+    flags: int
+    imm: int
+    length: int
+    sges: tuple[Sge, ...]
+    inline: bytes | None
+    remote_address: int
+    rkey: int
+    compare_add: int
+    swap: int
+    destination: tuple[int, int, int] | None  # UD only: (ah number, remote qpn, qkey)
+
+
+class RecvWqe(NamedTuple):
+    """A receive work request: `length` is the sum of its scatter elements in bytes."""
+
+    wr_id: int
+    length: int
+    sges: tuple[Sge, ...]
+
+
+class SendQueue(Protocol):
+    """The requester's side of a send queue; WQEs are fetched in order and retired in the same order."""
+
+    def fetch(self) -> SendWqe | None:
+        """Copy out the next posted WQE, or None. Advances a private index only."""
+
+    def retire(self) -> None:
+        """Give the oldest fetched WQE's slot back to the application."""
+
+
+class ReceiveQueue(Protocol):
+    """A receive queue or an SRQ."""
+
+    def fetch(self) -> RecvWqe | None:
+        """Copy out the next posted receive, or None when the application has posted none (RNR)."""
+
+    def retire(self) -> None:
+        """Give the oldest fetched receive's slot back to the application."""
+
+
+class CompletionQueue(Protocol):
+    """Where work completions go. `push` publishes one ib_uverbs_wc (kernel header rdma/ib_user_verbs.h)."""
+
+    def push(
+        self,
+        wr_id: int,
+        status: int,
+        opcode: int,
+        byte_len: int,
+        imm: int,
+        qp_num: int,
+        src_qp: int,
+        wc_flags: int,
+        solicited: bool,
+    ) -> None: ...
+
+
+class ProtectionDomain(Protocol):
+    """Key lookups of one protection domain. The answer is the memory and the address in it."""
+
+    def local(self, lkey: int, address: int, length: int, access: int) -> tuple[Memory, int]:
+        """`access` are IB_ACCESS_* bits that the region must have (0 to read). Raises ProtectionError."""
+
+    def remote(self, rkey: int, address: int, length: int, access: int) -> tuple[Memory, int]:
+        """As `local`, for a remote key (a memory region or window). Raises ProtectionError."""
+
+
+class EventSink(Protocol):
+    """Asynchronous events of a queue pair (enum ib_event_type: 1 QP_FATAL, 2 QP_REQ_ERR, 3 QP_ACCESS_ERR, …)."""
+
+    def qp_event(self, qpn: int, event: int) -> None: ...
