@@ -1,0 +1,380 @@
+"""What a run has made on this machine, written down before it is made, so that `testbed clean` can take it away.
+
+One folder per run, `/run/migros-testbed/<run-id>/`, with the file `state` in it: JSON lines, appended by one `write`
+each, so that the harness and its agents can write to the same file. The first line names the owner (pid and start
+time). Every further line is one thing that is about to exist. A killed run leaves the file behind, and the file says
+what to remove: exactly that, nothing found by a name pattern.
+
+Three rules keep other people's things safe:
+
+* a link, bridge or namespace whose name is taken already is refused when recorded, a file or folder that exists already
+  is recorded as not ours;
+* a process is known by pid *and* start time, so a recycled pid is never killed. Its pid exists only after the fork, so
+  that window is closed by a mark in the environment (`RUN_VARIABLE`) which every child inherits and CRIU restores;
+* a process in a network namespace that a verified process of ours lives in is ours too, unless that is the machine's.
+
+Standard library only: the agents import this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from testbed.errors import EnvironmentProblem
+
+BASE: Final = Path("/run/migros-testbed")
+RUN_VARIABLE: Final = "MIGROS_TESTBED_RUN"
+KINDS: Final = ("process", "host", "mount", "link", "ovs_bridge", "netns", "cgroup", "file", "directory")
+"""Everything that can be recorded, in the order in which it is removed (newest first within one kind)."""
+
+_FACT: Final = {
+    "process": "pid",
+    "host": "pid",
+    "mount": "path",
+    "link": "name",
+    "ovs_bridge": "name",
+    "netns": "name",
+    "cgroup": "path",
+    "file": "path",
+    "directory": "path",
+}
+
+
+def start_time(pid: int) -> int | None:
+    """Clock ticks after boot at which `pid` started (proc(5), stat field 22); None if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+class RunState:
+    """The state file of one run. `create` in the harness, `attach` in an agent, then `record` before each creation."""
+
+    def __init__(self, run_id: str, base: Path = BASE) -> None:
+        self.run_id = run_id
+        self.directory = base / run_id
+        self.file = self.directory / "state"
+        self._count = 0
+
+    @classmethod
+    def create(cls, run_id: str, base: Path = BASE) -> RunState:
+        """A new run owned by this process. Also marks this process's environment, which all its children inherit."""
+        state = cls(run_id, base)
+        try:
+            state.directory.mkdir(parents=True, mode=0o755)
+        except PermissionError as error:
+            raise EnvironmentProblem(
+                f"cannot write to {base}", hint="the testbed makes network namespaces: run it as root (sudo)"
+            ) from error
+        state._append({"kind": "run", "run_id": run_id, "pid": os.getpid(), "start": start_time(os.getpid())})
+        os.environ[RUN_VARIABLE] = run_id
+        return state
+
+    @classmethod
+    def attach(cls, run_id: str | None = None, base: Path = BASE) -> RunState:
+        """The state of a run that the harness has created; by default the one named in this process's environment."""
+        name = run_id or os.environ.get(RUN_VARIABLE, "")
+        state = cls(name, base)
+        if not name or not state.file.exists():
+            raise EnvironmentProblem(f"no run {name!r} under {base}", hint="agents are started by `testbed run` only")
+        return state
+
+    def record(self, kind: str, **facts: Any) -> str:
+        """Write down one thing that is about to be made; gives a token for `forget`.
+
+        process     pid (its start time is read here); recorded right after the fork
+        host        pid of a Mininet host's shell; all that lives in its network namespace goes with it
+        link        name of an interface of the root namespace
+        netns       name, of `ip netns`
+        ovs_bridge  name
+        mount       path, in the root mount namespace
+        cgroup      path
+        file        path
+        directory   path, removed with its content
+
+        Further facts are kept for the reader. Raises EnvironmentProblem if the name is taken already.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
+        fact = facts[_FACT[kind]]
+        if kind in ("process", "host"):
+            facts.setdefault("start", start_time(int(fact)))
+        elif kind in ("file", "directory"):
+            facts["existed"] = os.path.lexists(fact)
+        elif _exists(kind, str(fact)):
+            raise EnvironmentProblem(
+                f"{kind.replace('_', ' ')} {fact} exists already",
+                hint="if a killed run left it: testbed clean; a live run is listed by: testbed status",
+            )
+        self._count += 1
+        token = f"{os.getpid()}.{self._count}"
+        self._append({"kind": kind, "token": token, **{key: _plain(value) for key, value in facts.items()}})
+        return token
+
+    def forget(self, token: str) -> None:
+        """The thing behind `token` has been removed by its maker."""
+        self._append({"forget": token})
+
+    def close(self) -> None:
+        """The run has removed everything itself: the state goes too."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(line, separators=(",", ":")) + "\n").encode())
+        finally:
+            os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+@dataclass(slots=True)
+class Run:
+    """One state file as read back."""
+
+    run_id: str
+    directory: Path
+    owner_pid: int = 0
+    owner_start: int | None = None
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    """Recorded and not forgotten, oldest first."""
+
+    @property
+    def alive(self) -> bool:
+        """The process that owns the run is still there (the same one, not a recycled pid)."""
+        return self.owner_start is not None and start_time(self.owner_pid) == self.owner_start
+
+
+def read(directory: Path) -> Run:
+    """Read `directory/state`. A line cut off by a kill is dropped: what it announced was not made yet."""
+    run = Run(run_id=directory.name, directory=directory)
+    try:
+        lines = (directory / "state").read_text(errors="replace").splitlines()
+    except OSError:
+        return run
+    forgotten: set[str] = set()
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if not isinstance(line, dict):
+            continue
+        if "forget" in line:
+            forgotten.add(line["forget"])
+        elif line.get("kind") == "run":
+            run.owner_pid, run.owner_start = line["pid"], line["start"]
+        elif line.get("kind") in KINDS:
+            run.entries.append(line)
+    run.entries = [entry for entry in run.entries if entry["token"] not in forgotten]
+    return run
+
+
+def runs(base: Path = BASE) -> list[Run]:
+    """Every run that has a folder under `base`, by name."""
+    if not base.is_dir():
+        return []
+    return [read(path) for path in sorted(base.iterdir()) if path.is_dir()]
+
+
+# ---------------------------------------------------------------------------------------------------------------- clean
+
+
+def clean(run: Run) -> list[str]:
+    """Remove everything that `run` recorded, then its folder. Returns one line for each thing removed or not removable.
+
+    Can be called again after a failure: what is gone is passed over. The state file stays while anything is left.
+    """
+    done: list[str] = []
+    failed = False
+    for line in _end_processes(run):
+        done.append(line)
+    for kind in KINDS[2:]:
+        for entry in reversed(run.entries):
+            if entry["kind"] != kind:
+                continue
+            what = str(entry[_FACT[kind]])
+            if entry.get("existed") or not _exists(kind, what):
+                continue
+            problem = _remove(kind, what)
+            failed |= problem is not None
+            done.append(f"{kind.replace('_', ' ')} {what}" + (f": NOT removed: {problem}" if problem else ""))
+    if not failed:
+        shutil.rmtree(run.directory, ignore_errors=True)
+    return done
+
+
+def _exists(kind: str, what: str) -> bool:
+    if kind == "link":
+        return os.path.exists(f"/sys/class/net/{what}")
+    if kind == "netns":
+        return os.path.exists(f"/run/netns/{what}")
+    if kind == "mount":
+        return os.path.realpath(what) in _mounts()
+    if kind == "ovs_bridge":
+        # Exit code 2 of br-exists: no such bridge. Anything else that is not 0: no Open vSwitch, hence no bridge.
+        return shutil.which("ovs-vsctl") is not None and _call("ovs-vsctl", "--timeout=5", "br-exists", what) is None
+    return os.path.lexists(what)
+
+
+def _remove(kind: str, what: str) -> str | None:
+    """Remove one thing; the reason if that failed."""
+    try:
+        if kind == "link":
+            return _call("ip", "link", "delete", what)
+        if kind == "netns":
+            return _call("ip", "netns", "delete", what)
+        if kind == "ovs_bridge":
+            return _call("ovs-vsctl", "--timeout=10", "--if-exists", "del-br", what)
+        if kind == "mount":
+            return _call("umount", "--lazy", what)
+        if kind == "cgroup":
+            _remove_cgroup(Path(what))
+        elif kind == "file":
+            os.unlink(what)
+        else:
+            _remove_tree(what)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _call(*argv: str) -> str | None:
+    result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+    if result.returncode == 0:
+        return None
+    return result.stderr.strip() or f"{argv[0]} ended with {result.returncode}"
+
+
+def _mounts() -> set[str]:
+    with open("/proc/self/mountinfo") as file:
+        # Octal escapes as in proc(5): a blank in a path is \040.
+        return {line.split(" ")[4].encode().decode("unicode_escape") for line in file}
+
+
+def _remove_tree(path: str) -> None:
+    """As rmtree, but never into something mounted below (that would be other people's files)."""
+    real = os.path.realpath(path)
+    below = [mount for mount in _mounts() if mount == real or mount.startswith(real + "/")]
+    if below:
+        raise OSError(f"{', '.join(sorted(below))} is mounted there")
+    if os.path.islink(path):
+        os.unlink(path)
+    else:
+        shutil.rmtree(path)
+
+
+def _remove_cgroup(path: Path) -> None:
+    for folder in [*sorted((p for p in path.rglob("*") if p.is_dir()), reverse=True), path]:
+        folder.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def _pids() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _parent(pid: int) -> int:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat[stat.rindex(")") + 2 :].split()[1])
+
+
+def _net_namespace(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net")
+    except OSError:
+        return ""
+
+
+def _marked(pid: int, run_id: str) -> bool:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return f"{RUN_VARIABLE}={run_id}".encode() in environment.split(b"\0")
+
+
+def _own_line() -> set[int]:
+    """This process and its ancestors, never to be ended: `testbed clean` may itself run inside a marked environment."""
+    line, pid = set(), os.getpid()
+    while pid > 0 and pid not in line:
+        line.add(pid)
+        pid = _parent(pid)
+    return line
+
+
+def processes(run: Run) -> dict[int, int]:
+    """Every live process of `run`: pid → start time. See the module's text for what makes a process ours."""
+    ours: dict[int, int] = {}
+    for entry in run.entries:
+        if entry["kind"] in ("process", "host") and entry.get("start") is not None:
+            if start_time(entry["pid"]) == entry["start"]:
+                ours[entry["pid"]] = entry["start"]
+    everyone = [pid for pid in _pids() if pid > 1]
+    for pid in everyone:
+        if pid not in ours and _marked(pid, run.run_id):
+            start = start_time(pid)
+            if start is not None:
+                ours[pid] = start
+    machine = {_net_namespace(1), _net_namespace(os.getpid()), ""}
+    spaces = {_net_namespace(pid) for pid in ours} - machine
+    parents = {pid: _parent(pid) for pid in everyone}
+    spared = _own_line()
+    for pid in everyone:
+        ancestor = pid
+        while ancestor > 1 and ancestor not in ours:
+            ancestor = parents.get(ancestor, 0)
+        if ancestor > 1 or _net_namespace(pid) in spaces:
+            start = start_time(pid)
+            if start is not None:
+                ours[pid] = start
+    return {pid: start for pid, start in ours.items() if pid not in spared}
+
+
+def _end_processes(run: Run, patience: float = 5.0) -> list[str]:
+    """SIGKILL all of `run`'s processes, again until none is left or `patience` seconds have passed.
+
+    Not SIGTERM first: whoever calls this has no use for an orderly end any more, and a frozen program would not see it.
+    """
+    done: list[str] = []
+    deadline = time.monotonic() + patience
+    if run.alive and run.owner_pid not in _own_line():
+        run.entries.append({"kind": "process", "token": "owner", "pid": run.owner_pid, "start": run.owner_start})
+    while (found := processes(run)) and time.monotonic() < deadline:
+        for pid, start in found.items():
+            name = _command(pid)
+            if start_time(pid) == start:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                done.append(f"process {pid} ({name})")
+        time.sleep(0.05)
+    return list(dict.fromkeys(done))
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:60]
+    except OSError:
+        return "?"
