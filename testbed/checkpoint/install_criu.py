@@ -1,0 +1,169 @@
+"""Install a CRIU that works on the running kernel into a private prefix, leaving the system's packages as they are.
+
+    python3 -m testbed.checkpoint.install_criu [--prefix DIR] [--force]
+
+Debian 12 has CRIU 3.17, which fails on new kernels, and Debian 13 has 4.1, which cannot dump sockets on them. So `apt`
+fetches `criu` with *all* it needs, libc included, from a newer suite, with a package list, a cache and an empty package
+status of its own; `dpkg-deb -x` unpacks them into one directory, and `criu_binary` starts it through that directory's own
+dynamic loader. About 9 MB are fetched, 30 MB unpacked; nothing is configured, no system file changes.
+
+Idempotent: with a CRIU that works (in the prefix, in $TESTBED_CRIU or the system's) it does nothing. Standard library
+only: it runs before the virtual environment exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from testbed.checkpoint import criu_binary
+from testbed.errors import EnvironmentProblem, TestbedError
+
+SUITES = ("forky", "sid")
+"""Debian suites tried in order; both carried CRIU 4.2.1 in November 2026."""
+KEYRINGS = ("/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp")
+FALLBACK_MIRROR = "http://deb.debian.org/debian"
+_APT_SECONDS = 600.0
+
+
+def mirrors() -> list[str]:
+    """Debian archives that this machine's apt already uses (so a proxy or a local mirror is honoured), then Debian's."""
+    answer = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)\t$(ORIGIN)\t$(LABEL)", "Created-By: Packages"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = []
+    for line in answer.stdout.splitlines():
+        uri, _, rest = line.partition("\t")
+        origin, _, label = rest.partition("\t")
+        if uri.startswith("http") and origin in ("Debian", "") and "ecurity" not in label + uri and "/debian" in uri:
+            found.append(uri.rstrip("/"))
+    return list(dict.fromkeys([*found, FALLBACK_MIRROR]))
+
+
+def _run(command: list[str], what: str) -> str:
+    """Output of a command. Raises EnvironmentProblem with its last lines."""
+    try:
+        answer = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_APT_SECONDS,
+            check=False,
+            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentProblem(f"{what}: {error}") from error
+    if answer.returncode != 0:
+        raise EnvironmentProblem(f"{what} failed: " + " / ".join(answer.stdout.strip().splitlines()[-4:]))
+    return answer.stdout
+
+
+def _fetch(work: Path, mirror: str, suite: str) -> list[Path]:
+    """Download criu and everything it needs from one suite; the packages' paths."""
+    keyring = next((path for path in KEYRINGS if Path(path).exists()), None)
+    trust = f"[signed-by={keyring}] " if keyring else ""
+    for folder in ("lists/partial", "cache/archives/partial", "empty"):
+        (work / folder).mkdir(parents=True)
+    (work / "sources.list").write_text(f"deb {trust}{mirror} {suite} main\n", encoding="ascii")
+    (work / "status").touch()
+    options = {
+        "Dir::Etc::sourcelist": work / "sources.list",
+        "Dir::Etc::sourceparts": work / "empty",
+        "Dir::Etc::preferences": work / "empty/none",
+        "Dir::Etc::preferencesparts": work / "empty",
+        "Dir::State::Lists": work / "lists",
+        "Dir::State::status": work / "status",
+        "Dir::State::extended_states": work / "extended_states",
+        "Dir::Cache": work / "cache",
+        "Acquire::Languages": "none",
+        "Acquire::Check-Valid-Until": "false",
+        "Acquire::Retries": "2",
+        "APT::Default-Release": "",
+        "APT::Sandbox::User": "root",
+        "APT::Install-Recommends": "false",
+    }
+    apt = ["apt-get", "-q", "-y", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
+    _run([*apt, "update"], f"reading the package list of Debian {suite} from {mirror}")
+    _run([*apt, "--download-only", "install", "criu"], f"fetching criu from Debian {suite}")
+    packages = sorted((work / "cache/archives").glob("*.deb"))
+    if not packages:
+        raise EnvironmentProblem(f"apt fetched no package from Debian {suite} at {mirror}")
+    return packages
+
+
+def install(prefix: Path = criu_binary.PREFIX) -> criu_binary.Criu:
+    """Make `prefix` anew from the first suite whose CRIU works here. Raises EnvironmentProblem with every reason."""
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise EnvironmentProblem(
+                f"{tool} is missing: CRIU can only be fetched on Debian and its kin",
+                hint=f"install CRIU {'.'.join(map(str, criu_binary.MINIMUM))} or newer and set TESTBED_CRIU to it",
+            )
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    refused = []
+    for mirror in mirrors():
+        for suite in SUITES:
+            with tempfile.TemporaryDirectory(prefix=".criu-", dir=prefix.parent) as folder:
+                work = Path(folder)
+                unpacked = work / "root"
+                try:
+                    for package in _fetch(work / "apt", mirror, suite):
+                        _run(["dpkg-deb", "-x", str(package), str(unpacked)], f"unpacking {package.name}")
+                    command = criu_binary.prefix_command(unpacked)
+                    if command is None:
+                        raise EnvironmentProblem("the packages hold no criu or no dynamic loader")
+                    criu_binary.check(command)
+                except EnvironmentProblem as problem:
+                    refused.append(f"{suite} from {mirror}: {problem.message}")
+                    continue
+                _replace(prefix, unpacked)
+            final = criu_binary.prefix_command(prefix)
+            assert final is not None, "the directory was checked under its old name"
+            return criu_binary.Criu(tuple(final), criu_binary.check(final), str(prefix))
+    raise EnvironmentProblem("no CRIU could be installed: " + "; ".join(refused))
+
+
+def _replace(prefix: Path, fresh: Path) -> None:
+    """Put `fresh` at `prefix`; the old one is out of the way before it is deleted."""
+    if prefix.exists():
+        old = fresh.parent / "old"
+        prefix.rename(old)
+    fresh.chmod(0o755)
+    fresh.rename(prefix)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; 0 when a CRIU works afterwards."""
+    parser = argparse.ArgumentParser(prog="install_criu", description="Get a CRIU that works on the running kernel.")
+    parser.add_argument("--prefix", type=Path, default=criu_binary.PREFIX, help="default: %(default)s")
+    parser.add_argument("--force", action="store_true", help="fetch it even if one works already")
+    options = parser.parse_args(arguments)
+    try:
+        criu = None
+        if not options.force:
+            try:
+                criu = criu_binary.usable(options.prefix)
+            except EnvironmentProblem:
+                criu = None
+        if criu is None:
+            if os.geteuid() != 0:
+                raise EnvironmentProblem("CRIU needs root", hint="run it with sudo")
+            criu = install(options.prefix)
+    except TestbedError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    print(f"criu {'.'.join(map(str, criu.version))} ({criu.origin})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
