@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 
 from testbed import events
-from testbed.summary import Environment, Migration, RunReference, Summary
 from testbed.stats import over_runs
+from testbed.summary import Environment, Migration, RunReference, Summary
 
 Listener = Callable[[Mapping[str, Any]], None]
 

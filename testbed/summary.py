@@ -1,7 +1,7 @@
 """The summary of a run: what `summary.json` holds, as pydantic models, and the published JSON schema.
 
 Fields that stay stable from version to version: `ok`, `migrations[].blackout_ms`, `.phases_ms`, `.app_exit_code`,
-`.partner_gap_ms`, `.rolled_back`. Times are milliseconds where the name ends in `_ms`, seconds from the start of the run
+`.partner_gap_ms`, `.rolled_back`. Times are milliseconds where the name ends in `_ms`, seconds since the run began
 (CLOCK_MONOTONIC) where it ends in `_s`; sizes are bytes. A value that could not be measured is null, never 0.
 """
 
@@ -169,7 +169,7 @@ class Summary(Record):
     interrupted: bool = False
     problems: list[Problem] = Field(default_factory=list)
     limits: list[Limit] = Field(default_factory=list)
-    environment: Environment = Field(default_factory=Environment)
+    environment: Environment = Field(default_factory=lambda: Environment.model_validate({}))
     hosts: list[Host] = Field(default_factory=list)
     apps: list[App] = Field(default_factory=list)
     migrations: list[Migration] = Field(default_factory=list)
