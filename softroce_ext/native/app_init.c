@@ -20,7 +20,6 @@
  * Exit status: the command's; 128 + N after signal N; 125 when app_init itself failed (a reason on standard error);
  * 127 or 126 when the command could not be executed (a reason in DIR/stderr).
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>

@@ -1,0 +1,43 @@
+"""IP addresses on the data interface: added and removed as an application's address moves between hosts."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+from testbed.agent.operations import OperationError, operation
+from testbed.agent.service import Agent
+
+
+@operation("address_add")
+def address_add(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
+    """Add `ip`/`prefix` to the data interface. Idempotent. (The controller answers ARP, so nothing is announced.)"""
+    _run("ip", "address", "replace", f"{ip}/{prefix}", "dev", agent.interface)
+    return {}
+
+
+@operation("address_del")
+def address_del(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
+    """Remove `ip`/`prefix`. Fine if it is not there."""
+    if ip in addresses(agent.interface):
+        _run("ip", "address", "delete", f"{ip}/{prefix}", "dev", agent.interface)
+    return {}
+
+
+@operation("addresses")
+def list_addresses(agent: Agent) -> dict[str, Any]:
+    """IPv4 addresses of the data interface: {"addresses": [ip, …]}."""
+    return {"addresses": addresses(agent.interface)}
+
+
+def addresses(interface: str) -> list[str]:
+    """IPv4 addresses of `interface`, in the kernel's order."""
+    words = _run("ip", "-4", "-oneline", "address", "show", "dev", interface).split()
+    return [words[i + 1].split("/")[0] for i, word in enumerate(words) if word == "inet"]
+
+
+def _run(*argv: str) -> str:
+    result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if result.returncode:
+        raise OperationError(f"{' '.join(argv)}: {result.stderr.strip()}", blame="environment")
+    return result.stdout

@@ -1,0 +1,186 @@
+"""The host's NIC process: starting and watching it, and passing commands to its control socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from testbed.agent.operations import OperationError, operation
+from testbed.agent.processes import send_signal
+from testbed.agent.service import Agent
+
+
+class Nic:
+    """A running `python -m softroce_ext`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], directory: Path, log: Path) -> None:
+        self.process = process
+        self.directory = directory
+        self.log = log
+        self.expected_end = False
+
+    def command(self, command: str, arguments: dict[str, Any], timeout: float | None) -> dict[str, Any]:
+        """One command to the control socket; its whole answer. Raises OperationError."""
+        path = str(self.directory / "control.sock")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            try:
+                connection.connect(path)
+                connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+                received = bytearray()
+                while not received.endswith(b"\n"):
+                    data = connection.recv(1 << 16)
+                    if not data:
+                        raise OperationError(f"the NIC closed its control socket during {command!r}", hint=self.why())
+                    received += data
+            except TimeoutError as error:
+                raise OperationError(
+                    f"the NIC did not answer {command!r} within {timeout:g} s", hint=self.why()
+                ) from error
+            except OSError as error:
+                raise OperationError(f"the NIC cannot be reached: {error.strerror}", hint=self.why()) from error
+        answer: dict[str, Any] = json.loads(received)
+        if not answer.get("ok"):
+            raise OperationError(f"NIC, {command}: {answer.get('error', 'failed')}", hint=answer.get("hint"))
+        return answer
+
+    def why(self) -> str | None:
+        """Where to look: the end of the NIC's log, if it says anything."""
+        tail = log_tail(self.log)
+        return f"the NIC's log ends with: {tail}" if tail else None
+
+
+def log_tail(path: Path, limit: int = 400) -> str:
+    """The last `limit` characters of a log, in one line."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * limit))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return " | ".join(line.strip() for line in text.splitlines() if line.strip())[-limit:]
+
+
+@operation("start_nic")
+def start_nic(
+    agent: Agent,
+    *,
+    addresses: list[str],
+    number_base: int,
+    options: list[str] | None = None,
+    timeout: float = 20.0,
+) -> dict[str, Any]:
+    """Start the NIC on the data interface and wait for its line `ready`.
+
+    `options`: further arguments as `softroce_ext` takes them (`--no-migros`, `--capture FILE`, …). Returns its pid.
+    """
+    if agent.nic is not None and agent.nic.process.poll() is None:
+        raise OperationError("this host has a NIC already", hint="one data interface, one NIC")
+    directory = agent.nic_directory
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    log = agent.root / "nic.log"
+    argv = [sys.executable, "-m", "softroce_ext", "--interface", agent.interface, "--run-dir", str(directory)]
+    for address in addresses:
+        argv += ["--address", address]
+    argv += ["--number-base", str(number_base), *(options or ())]
+    with log.open("ab") as errors:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
+    nic = Nic(process, directory, log)
+    agent.nic = nic
+
+    def stop() -> None:
+        nic.expected_end = True
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(3)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    agent.at_end(stop)
+    started = time.monotonic()
+    if not _ready(process, started + timeout):
+        ended = process.poll()
+        stop()
+        what = f"ended with {ended}" if ended is not None else f"was not ready within {timeout:g} s"
+        raise OperationError(f"the NIC {what}", blame="environment", hint=nic.why())
+
+    def nic_ended() -> None:
+        code = process.wait()
+        if not nic.expected_end:
+            agent.event("nic_ended", code=code, log=log_tail(log))
+
+    agent.watch.watch(process.pid, nic_ended)
+    return {"pid": process.pid, "seconds": time.monotonic() - started}
+
+
+def _ready(process: subprocess.Popen[bytes], deadline: float) -> bool:
+    """Read standard output up to the line `ready`; False at its end or at the deadline."""
+    assert process.stdout is not None
+    received = b""
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([process.stdout], [], [], left)[0]:
+            return False
+        data = os.read(process.stdout.fileno(), 4096)
+        if not data:
+            process.wait(1)
+            return False
+        received += data
+        if b"ready" in received.split(b"\n")[:-1]:
+            return True
+    return False
+
+
+def running_nic(agent: Agent) -> Nic:
+    """The host's NIC. Raises OperationError if none was started or it has ended."""
+    if agent.nic is None:
+        raise OperationError("no NIC was started on this host")
+    code = agent.nic.process.poll()
+    if code is not None:
+        raise OperationError(f"the NIC has ended with {code}", hint=agent.nic.why())
+    return agent.nic
+
+
+@operation("nic")
+def nic_command(agent: Agent, *, command: str, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
+    """Pass one command to the NIC's control socket (softroce_ext.control has the table); its answer."""
+    return running_nic(agent).command(command, arguments, timeout)
+
+
+@operation("stop_nic")
+def stop_nic(agent: Agent, *, kill: bool = False) -> dict[str, Any]:
+    """End the NIC in order, or by SIGKILL (a crash, for experiments: then the event `nic_ended` comes)."""
+    nic = running_nic(agent)
+    nic.expected_end = not kill
+    send_signal(nic.process.pid, signal.SIGKILL if kill else signal.SIGTERM)
+    return {"code": nic.process.wait(10)}
+
+
+@operation("poll_counters")
+def poll_counters(agent: Agent, *, interval: float) -> None:
+    """Send the event `counters` every `interval` seconds until the NIC or the agent ends (for the live view)."""
+    import threading
+
+    def poll() -> None:
+        while True:
+            time.sleep(interval)
+            try:
+                answer = running_nic(agent).command("counters", {}, 5.0)
+            except OperationError:
+                return
+            agent.event("counters", counters={k: v for k, v in answer.items() if type(v) is int})
+
+    threading.Thread(target=poll, name="poll-counters", daemon=True).start()

@@ -1,0 +1,123 @@
+"""The agent itself: requests in, answers and events out, and an orderly end of all that it started."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from testbed.agent import operations
+from testbed.agent.channel import Channel, ChannelClosed
+from testbed.agent.operations import OPS, OperationError
+from testbed.agent.processes import ProcessWatch
+
+if TYPE_CHECKING:
+    from testbed.agent.apps import App
+    from testbed.agent.nic import Nic
+
+
+class Agent:
+    """State of one host's agent, handed to every operation as its first argument."""
+
+    def __init__(self, host: str, channel: Channel, root: Path, interface: str) -> None:
+        self.host = host
+        """Name of the host in the topology."""
+        self.root = root
+        """The host's private folder, /run/migros: nic/ and apps/<name>/ are below."""
+        self.interface = interface
+        """The data interface."""
+        self.watch = ProcessWatch()
+        self.apps: dict[str, App] = {}
+        """Applications that this host runs or ran, by name."""
+        self.nic: Nic | None = None
+        self._channel = channel
+        self._endings: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._closing = False
+
+    @property
+    def nic_directory(self) -> Path:
+        """Run folder of the NIC process."""
+        return self.root / "nic"
+
+    @property
+    def apps_directory(self) -> Path:
+        """Parent of every application's folder."""
+        return self.root / "apps"
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Tell the harness that something happened; `t` is this machine's time.monotonic()."""
+        if self._closing:
+            return
+        try:
+            self._channel.send({"event": name, "host": self.host, "t": time.monotonic(), **fields})
+        except ChannelClosed:
+            pass  # the read side sees the same and ends the agent
+
+    def at_end(self, ending: Callable[[], None]) -> Callable[[], None]:
+        """Call `ending()` when the agent ends, newest first. Returns a function that takes it back."""
+        with self._lock:
+            self._endings.append(ending)
+
+        def take_back() -> None:
+            with self._lock:
+                if ending in self._endings:
+                    self._endings.remove(ending)
+
+        return take_back
+
+    def serve(self) -> None:
+        """Answer requests until the channel closes or the operation `shutdown` comes, then end everything."""
+        operations.load()
+        try:
+            self._channel.send({"event": "hello", "host": self.host, "t": time.monotonic(), **_about()})
+            for request in self._channel.messages():
+                if request.get("op") == "shutdown":
+                    self.end_everything()
+                    self._channel.send({"id": request.get("id"), "ok": True, "result": {}})
+                    return
+                threading.Thread(target=self._answer, args=(request,), name=str(request.get("op")), daemon=True).start()
+        except ChannelClosed:
+            pass
+        finally:
+            self.end_everything()
+
+    def end_everything(self) -> None:
+        """End all that the agent started, newest first. Idempotent; goes on after a failure."""
+        self._closing = True
+        while True:
+            with self._lock:
+                if not self._endings:
+                    return
+                ending = self._endings.pop()
+            try:
+                ending()
+            except Exception:
+                traceback.print_exc()
+
+    def _answer(self, request: dict[str, Any]) -> None:
+        answer: dict[str, Any] = {"id": request.get("id")}
+        try:
+            function = OPS.get(str(request.get("op")))
+            if function is None:
+                raise OperationError(f"unknown operation {request.get('op')!r}; known: {', '.join(sorted(OPS))}")
+            answer |= {"ok": True, "result": function(self, **request.get("args", {})) or {}}
+        except OperationError as error:
+            answer |= {"ok": False, "error": error.message, "blame": error.blame, "hint": error.hint}
+        except Exception as error:
+            # A defect, or a failure that no operation foresaw: the harness shows the sentence, the log has the trace.
+            traceback.print_exc()
+            answer |= {"ok": False, "error": f"{type(error).__name__}: {error}", "blame": "run", "hint": None}
+        try:
+            self._channel.send(answer)
+        except ChannelClosed:
+            pass
+
+
+def _about() -> dict[str, Any]:
+    return {"pid": os.getpid(), "python": platform.python_version(), "kernel": platform.release()}
