@@ -1,0 +1,378 @@
+"""What no schema can say: names that must exist, a graph that must hang together, addresses that must not collide.
+
+Every check takes a `View` and yields problems; none stops at the first. A view is built from the raw data and leaves out
+what the models refused, so that these checks run beside the models' errors instead of after them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from testbed.errors import Problem
+from testbed.topology.models import HEADROOM, RDMA_MTUS, App, Host, Link, Migration, Section
+from testbed.topology.resolved import MANAGEMENT_NETWORK, NODE_NETWORK, checks_data, placeholders
+
+MOST_HOSTS = 255
+"""Number bases: an MR index holds the host's number in 8 bits."""
+SLOWEST_BW = 1.0
+"""Mbit/s below which the setup alone takes longer than any timeout."""
+
+Model = TypeVar("Model", bound=Section)
+
+
+def _salvage(model: type[Model], value: Any) -> Model | None:
+    """`value` as a model, without the keys that are wrong (they are reported elsewhere); None if that is not enough."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        if not isinstance(value, dict):
+            return None
+        bad = {detail["loc"][0] for detail in error.errors() if detail["loc"]}
+    try:
+        return model.model_validate({key: item for key, item in value.items() if key not in bad})
+    except ValidationError:
+        return None
+
+
+@dataclass(slots=True)
+class View:
+    """The readable part of a topology. Lists keep their indices in the file."""
+
+    hosts: dict[str, Host] = field(default_factory=dict)
+    switches: list[str] = field(default_factory=list)
+    links: list[tuple[int, Link]] = field(default_factory=list)
+    apps: dict[str, App] = field(default_factory=dict)
+    migrations: list[tuple[int, Migration]] = field(default_factory=list)
+    subnet: ipaddress.IPv4Network = field(default_factory=lambda: ipaddress.IPv4Network("10.0.0.0/16"))
+    whole: bool = True
+    """False: something was left out, so that "nothing is attached to h1" may be untrue."""
+    unreadable: set[str] = field(default_factory=set)
+    """Names of hosts and apps that were written but could not be read: known, not to be called unknown."""
+
+    @classmethod
+    def of(cls, data: dict[Any, Any]) -> View:
+        """From raw YAML data of any shape."""
+        view = cls()
+        for name, value in _items(data.get("hosts")):
+            view.hosts[name] = _salvage(Host, value) or Host()
+        switches = data.get("switches")
+        view.switches = [item for item in switches if isinstance(item, str)] if isinstance(switches, list) else []
+        for index, value in _entries(data.get("links")):
+            link = _salvage(Link, value)
+            view.whole &= link is not None
+            if link is not None:
+                view.links.append((index, link))
+        for name, value in _items(data.get("apps")):
+            app = _salvage(App, value)
+            if app is None:
+                view.unreadable.add(name)
+            else:
+                view.apps[name] = app
+        for index, value in _entries(data.get("migrations")):
+            migration = _salvage(Migration, value)
+            if migration is not None:
+                view.migrations.append((index, migration))
+        try:
+            view.subnet = ipaddress.IPv4Network(data.get("subnet", "10.0.0.0/16"))
+        except ValueError:
+            view.whole = False
+        view.whole &= all(isinstance(data.get(key), kind) for key, kind in (("hosts", dict), ("switches", list)))
+        return view
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    return ((key, item) for key, item in value.items() if isinstance(key, str)) if isinstance(value, dict) else iter(())
+
+
+def _entries(value: Any) -> Iterator[tuple[int, Any]]:
+    return iter(enumerate(value)) if isinstance(value, list) else iter(())
+
+
+def check(view: View) -> list[Problem]:
+    """All problems of all checks."""
+    problems: list[Problem] = []
+    for one in (_names, _link_ends, _reachability, _mtus, _addresses, _apps, _order, _commands, _migrations, _shared):
+        problems += one(view)
+    return problems
+
+
+def _near(name: str, known: Iterable[str]) -> str | None:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"there {'is' if len(known) == 1 else 'are'}: {', '.join(known)}" if known else None
+
+
+def _unknown(path: str, kind: str, name: str, known: Iterable[str]) -> Problem:
+    return Problem(path, f"no such {kind}", name, _near(name, known))
+
+
+def _names(view: View) -> Iterator[Problem]:
+    """One name, one thing: hosts, switches and apps share a name space (`{x.ip}` must be unambiguous)."""
+    for index, name in enumerate(view.switches):
+        if name in view.hosts:
+            yield Problem(f"switches[{index}]", "a host has this name already", name)
+        if name in view.switches[:index]:
+            yield Problem(f"switches[{index}]", "given twice", name)
+    for name in view.apps:
+        if name in view.hosts or name in view.switches:
+            kind = "host" if name in view.hosts else "switch"
+            yield Problem(f"apps.{name}", f"a {kind} has this name already", name, "{name.ip} would have two meanings")
+    if len(view.hosts) > MOST_HOSTS:
+        yield Problem("hosts", f"too many; allowed: up to {MOST_HOSTS}", str(len(view.hosts)))
+
+
+def _link_ends(view: View) -> Iterator[Problem]:
+    """Ends exist, are two, and a host hangs on exactly one switch."""
+    nodes = [*view.hosts, *view.switches]
+    attached: dict[str, int] = {}
+    pairs: dict[frozenset[str], int] = {}
+    for index, link in view.links:
+        known = True
+        for position, end in enumerate(link.ends):
+            if end not in nodes:
+                known = False
+                yield _unknown(f"links[{index}].ends[{position}]", "host or switch", end, nodes)
+        a, b = link.ends
+        if a == b:
+            yield Problem(f"links[{index}]", "both ends are the same", a)
+            continue
+        if known and a in view.hosts and b in view.hosts:
+            yield Problem(f"links[{index}]", "joins two hosts", f"{a}, {b}", "put a switch between them")
+            continue
+        first = pairs.setdefault(frozenset(link.ends), index)
+        if first != index:
+            yield Problem(f"links[{index}]", f"the same link as links[{first}]", f"{a}, {b}")
+            continue
+        for end in link.ends:
+            if end in view.hosts and attached.setdefault(end, index) != index:
+                yield Problem(
+                    f"links[{index}]",
+                    f"host {end} has a link already (links[{attached[end]}]); allowed: one for a host",
+                )
+        if link.bw is not None and link.bw < SLOWEST_BW:
+            yield Problem(
+                f"links[{index}].bw", "too slow to be useful", f"{link.bw:g}", "bw is in Mbit/s: 10000 is 10 Gbit/s"
+            )
+
+
+def _reachability(view: View) -> Iterator[Problem]:
+    """Everything is in one piece."""
+    if not view.whole or not view.hosts:
+        return
+    neighbours: dict[str, set[str]] = {name: set() for name in (*view.hosts, *view.switches)}
+    for _, link in view.links:
+        a, b = link.ends
+        if a not in neighbours or b not in neighbours:
+            return
+        neighbours[a].add(b)
+        neighbours[b].add(a)
+    start = max(neighbours, key=lambda name: len(neighbours[name]))
+    seen, todo = {start}, [start]
+    while todo:
+        for name in neighbours[todo.pop()] - seen:
+            seen.add(name)
+            todo.append(name)
+    for name in neighbours:
+        if name not in seen:
+            path = f"hosts.{name}" if name in view.hosts else f"switches[{view.switches.index(name)}]"
+            message = "has no link" if not neighbours[name] else "is not connected to the rest"
+            yield Problem(path, message, hint=f"add a link, for example [{name}, {start}]")
+
+
+def _mtus(view: View) -> Iterator[Problem]:
+    """Payload plus headers must fit every link, since a rerouted path may use any of them."""
+    if not view.links:
+        return
+    index, tightest = min(view.links, key=lambda item: item[1].mtu)
+    room = tightest.mtu - HEADROOM
+    for name, host in view.hosts.items():
+        if host.nic.mtu is not None and host.nic.mtu > room:
+            fitting = [mtu for mtu in RDMA_MTUS if mtu <= room]
+            yield Problem(
+                f"hosts.{name}.nic.mtu",
+                f"payload of {host.nic.mtu} and {HEADROOM} bytes of headers do not fit links[{index}] (mtu {tightest.mtu})",
+                str(host.nic.mtu),
+                f"give the links mtu {host.nic.mtu + HEADROOM} or more, or the NIC {', '.join(map(str, fitting))}",
+            )
+
+
+def _addresses(view: View) -> Iterator[Problem]:
+    """In the subnet, not reserved, not given twice, enough for all."""
+    owners: dict[str, str] = {}
+    given = [(f"hosts.{name}.ip", host.ip) for name, host in view.hosts.items()]
+    given += [(f"apps.{name}.address", app.address) for name, app in view.apps.items()]
+    for network in (NODE_NETWORK, MANAGEMENT_NETWORK):
+        if view.subnet.overlaps(network):
+            yield Problem("subnet", f"overlaps {network}, which the testbed uses itself", str(view.subnet))
+    for path, text in given:
+        if text is None:
+            continue
+        ip = ipaddress.IPv4Address(text)
+        if ip not in view.subnet:
+            yield Problem(
+                path, f"is not in the data network {view.subnet}", text, f"set subnet, e.g. {text}/24 rounded down"
+            )
+        elif ip in (view.subnet.network_address, view.subnet.broadcast_address):
+            yield Problem(path, "is the network's own or broadcast address", text)
+        if owners.setdefault(text, path) != path:
+            yield Problem(path, f"the same as {owners[text]}; addresses must differ", text)
+    wanted = len(view.hosts) + sum(app.address is not None for app in view.apps.values())
+    if wanted > view.subnet.num_addresses - 2:
+        yield Problem("subnet", f"too small for {wanted} addresses", str(view.subnet))
+
+
+def _apps(view: View) -> Iterator[Problem]:
+    """Hosts and predecessors exist."""
+    apps = [*view.apps, *view.unreadable]
+    for name, app in view.apps.items():
+        if app.host not in view.hosts:
+            yield _unknown(f"apps.{name}.host", "host", app.host, view.hosts)
+        for position, other in enumerate(app.after):
+            path = f"apps.{name}.after" + (f"[{position}]" if len(app.after) > 1 else "")
+            if other == name:
+                yield Problem(path, "an app cannot wait for itself", other)
+            elif other not in apps:
+                yield _unknown(path, "app", other, [other for other in apps if other != name])
+        for key in app.env:
+            if key in ("LD_PRELOAD", "SYSFS_PATH", "SOFTROCE_RUN"):
+                yield Problem(f"apps.{name}.env.{key}", "is set by the testbed: the program finds its NIC through it")
+
+
+def _order(view: View) -> Iterator[Problem]:
+    """`after` has no cycle. One problem for each cycle, at its first app in the file."""
+    done: set[str] = set()
+    for first in view.apps:
+        trail: list[str] = []
+
+        def visit(name: str, trail: list[str] = trail) -> list[str] | None:
+            if name in trail:
+                return [*trail[trail.index(name) :], name]
+            if name in done or name not in view.apps:
+                return None
+            trail.append(name)
+            for other in view.apps[name].after:
+                if other != name and (cycle := visit(other)):
+                    return cycle
+            trail.pop()
+            done.add(name)
+            return None
+
+        cycle = visit(first)
+        if cycle:
+            done.update(cycle)
+            yield Problem(
+                f"apps.{cycle[0]}.after", "a circle: " + " → ".join(cycle), hint="each waits for the next one"
+            )
+
+
+def _commands(view: View) -> Iterator[Problem]:
+    """Commands split into words and name existing things in braces."""
+    known = [*view.apps, *view.hosts, *view.unreadable]
+    for name, app in view.apps.items():
+        path = f"apps.{name}.command"
+        try:
+            words = shlex.split(app.command)
+        except ValueError as error:
+            yield Problem(path, f"cannot be split into words: {error}", repr(app.command))
+            continue
+        if not words:
+            yield Problem(path, "must not be empty", repr(app.command))
+            continue
+        for text, inner in placeholders(app.command):
+            target, _, attribute = (inner or "").partition(".")
+            if inner is None:
+                yield Problem(path, "a lone brace", text, "write {{ or }} for a brace, {server.ip} for an address")
+            elif attribute != "ip":
+                hint = _near(target, known) if target not in known else f"write {{{target}.ip}}"
+                yield Problem(path, "unknown placeholder; allowed: {<app or host>.ip}", text, hint)
+            elif target not in known:
+                yield Problem(path, "placeholder names no app and no host", text, _near(target, known))
+        shell = next((word for word in words if word in ("|", "&&", "||", ";", ">", "<", "&", ">>")), None)
+        if shell is not None:
+            yield Problem(path, "no shell runs this", shell, "wrap it: sh -c '…', or make it two apps with `after`")
+        if app.check == "data" and words[0].startswith("ibv_") and not checks_data(words):
+            yield Problem(f"apps.{name}.check", "the program does not check its data", "data", "add -c to its command")
+
+
+def _migrations(view: View) -> Iterator[Problem]:
+    """App and host exist, every move goes somewhere else, and its NIC and address can follow."""
+    place = {name: app.host for name, app in view.apps.items()}
+    latest: dict[tuple[str, type], tuple[int, float]] = {}
+    for index, migration in view.migrations:
+        path = f"migrations[{index}]"
+        app = view.apps.get(migration.app)
+        if app is None:
+            if migration.app not in view.unreadable:
+                yield _unknown(f"{path}.app", "app", migration.app, view.apps)
+        if migration.to not in view.hosts:
+            yield _unknown(f"{path}.to", "host", migration.to, view.hosts)
+            continue
+        if app is None or app.host not in view.hosts:
+            continue
+        if migration.to == place[migration.app]:
+            others = [name for name in view.hosts if name != migration.to]
+            hint = f"choose another: {', '.join(others)}" if others else "add a host for it to go to"
+            yield Problem(f"{path}.to", f"{migration.app} is on this host already", migration.to, hint)
+        for host in dict.fromkeys((place[migration.app], migration.to)):
+            if not view.hosts[host].nic.migros:
+                yield Problem(
+                    path, f"the NIC of {host} does not speak MigrOS (hosts.{host}.nic.migros is false)", migration.app
+                )
+        if isinstance(migration.at, float) and migration.at >= app.timeout:
+            yield Problem(f"{path}.at", f"not before the app's timeout ({app.timeout:g} s)", f"{migration.at:g} s")
+        key = (migration.app, type(migration.at))
+        before = latest.get(key)
+        if before is not None and migration.at <= before[1]:
+            yield Problem(f"{path}.at", f"not after the same app's migrations[{before[0]}]", _moment(migration.at))
+        latest[key] = (index, migration.at)
+        if migration.address == "change" and _keeps_tcp(app.command):
+            yield Problem(
+                f"{path}.address",
+                "perftest keeps a TCP connection open, which cannot follow to another address",
+                "change",
+                "use address: keep, or give the app an `address` of its own",
+            )
+        place[migration.app] = migration.to
+
+
+def _moment(at: float | int) -> str:
+    return f"{at} B" if isinstance(at, int) else f"{at:g} s"
+
+
+def _keeps_tcp(command: str) -> bool:
+    """perftest exchanges its parameters over TCP and keeps the connection until its end."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return False
+    return bool(words) and words[0].rsplit("/", 1)[-1].startswith("ib_")
+
+
+def _shared(view: View) -> Iterator[Problem]:
+    """An address that moves must belong to the moving app alone: it would be torn from the others' connections."""
+    users = Counter(app.host for app in view.apps.values() if app.address is None)
+    for index, migration in view.migrations:
+        app = view.apps.get(migration.app)
+        if app is None or app.address is not None or migration.address != "keep" or users[app.host] < 2:
+            continue
+        others = [
+            name
+            for name, other in view.apps.items()
+            if other.host == app.host and other.address is None and name != migration.app
+        ]
+        yield Problem(
+            f"migrations[{index}].address",
+            f"would take the address of {app.host} away from {', '.join(others)}",
+            "keep",
+            f"give {migration.app} an address of its own (apps.{migration.app}.address), or use address: change",
+        )

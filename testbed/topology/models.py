@@ -1,0 +1,198 @@
+"""What a user may write in a topology file: one pydantic model per section, unknown keys refused.
+
+The models say what can be said about a value alone; what depends on others (does this host exist?) is in `checks`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from testbed.topology.units import Duration, Fraction, Moment
+
+if TYPE_CHECKING:
+    from testbed.topology.resolved import ResolvedTopology
+
+NAME_PATTERN: Final = r"^[A-Za-z][A-Za-z0-9_]*$"
+LONGEST_NODE_NAME: Final = 9
+"""Interfaces are called `<node>-eth<n>`; Linux allows 15 characters (IFNAMSIZ − 1), and ports go to 99."""
+LONGEST_NAME: Final = 40
+
+RDMA_MTUS: Final = (256, 512, 1024, 2048, 4096)
+"""Path MTUs of the InfiniBand specification, bytes of payload."""
+HEADROOM: Final = 80
+"""IPv4 + UDP + the longest RoCEv2 header chain + ICRC, as the Linux driver counts it (RXE_MAX_HDR_LENGTH)."""
+
+
+def _name(value: str, longest: int, why: str) -> str:
+    if not re.match(NAME_PATTERN, value):
+        raise PydanticCustomError("name", "not a name; allowed: a letter, then letters, digits and _", {})
+    if len(value) > longest:
+        raise PydanticCustomError("name", f"too long ({len(value)} characters); allowed: up to {longest}{why}", {})
+    return value
+
+
+def _node_name(value: str) -> str:
+    return _name(value, LONGEST_NODE_NAME, ", because interfaces are named after it (h1-eth0) and Linux allows 15")
+
+
+def _ipv4(value: Any) -> str:
+    try:
+        return str(ipaddress.IPv4Address(value if isinstance(value, str) else ""))
+    except ValueError:
+        raise PydanticCustomError("ipv4", "not an IPv4 address; allowed: four numbers such as 10.0.0.1", {}) from None
+
+
+def _subnet(value: Any) -> str:
+    try:
+        network = ipaddress.IPv4Network(value if isinstance(value, str) else "")
+    except ValueError as error:
+        raise PydanticCustomError("subnet", "not an IPv4 network: {why}", {"why": str(error)}) from None
+    if not 8 <= network.prefixlen <= 29:
+        raise PydanticCustomError("subnet", "prefix length not usable; allowed: /8 to /29", {})
+    return str(network)
+
+
+NodeName = Annotated[str, AfterValidator(_node_name)]
+Name = Annotated[str, AfterValidator(lambda value: _name(value, LONGEST_NAME, ""))]
+IPv4 = Annotated[str, BeforeValidator(_ipv4), WithJsonSchema({"type": "string", "format": "ipv4"})]
+Subnet = Annotated[str, BeforeValidator(_subnet), WithJsonSchema({"type": "string", "examples": ["10.0.0.0/16"]})]
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, no unknown keys, read-only once parsed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        # `h3:` with nothing after it is the same as `h3: {}`.
+        return {} if value is None else value
+
+
+class Impair(Section):
+    """Seeded misbehaviour of a NIC's port, applied to what it sends."""
+
+    loss: Fraction = 0.0
+    reorder: Fraction = 0.0
+    duplicate: Fraction = 0.0
+    corrupt: Fraction = 0.0
+    delay: Duration = 0.0
+
+
+class Nic(Section):
+    """Options of a host's emulated RDMA NIC."""
+
+    mtu: Literal[256, 512, 1024, 2048, 4096] | None = None
+    """Active path MTU, bytes of payload. Not given: the largest that every link of the topology carries."""
+    migros: bool = True
+    """False: a stock RoCEv2 NIC, byte for byte as the Linux driver; its programs cannot be migrated."""
+    impair: Impair = Impair()
+    capture: bool | None = None
+    """Write a pcap of this NIC's frames; not given: as the topology's `capture`."""
+
+
+class Host(Section):
+    """A virtual host."""
+
+    ip: IPv4 | None = None
+    """Its RoCE address (GID). Not given: the next free one of `subnet`."""
+    nic: Nic = Nic()
+
+
+class Link(Section):
+    """A cable between a host and a switch, or between two switches. May be written as a plain pair: `[h1, s1]`."""
+
+    ends: Annotated[list[str], Field(min_length=2, max_length=2)]
+    bw: Annotated[float, Field(gt=0, le=400_000)] | None = None
+    """Mbit/s each way; not given: as fast as the machine."""
+    mtu: Annotated[int, Field(ge=576, le=9600)] = 9000
+    """Bytes of an IP packet."""
+    delay: Duration = 0.0
+    """One way."""
+    loss: Fraction = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return {"ends": value} if isinstance(value, list) else value
+
+
+class App(Section):
+    """One unmodified program on one host."""
+
+    host: str
+    command: Annotated[str, Field(min_length=1)]
+    """Split as a shell would, run without one. `{server.ip}` is the address of the app or host `server`."""
+    after: list[str] = []
+    """Apps that must be running (and listening, where they are servers) before this one starts."""
+    env: dict[str, str] = {}
+    check: Literal["exit", "data"] | None = None
+    """`data`: the program verifies what it received, and its verdict counts. `exit`: its exit code only. Not given:
+    `data` where the command line is known to ask for it (ibv_rc_pingpong -c), else `exit`."""
+    expect: Annotated[int, Field(ge=0, le=255)] = 0
+    """Exit code that means success."""
+    timeout: Duration = 120.0
+    """Ended and counted as failed after this time."""
+    address: IPv4 | None = None
+    """An address of its own, that moves with it and leaves the host's other programs alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("after"), str):
+            return {**value, "after": [value["after"]]}
+        return value
+
+
+class Migration(Section):
+    """One move of a running program."""
+
+    app: str
+    to: str
+    """Destination host."""
+    at: Moment
+    """`2s` after the program's start, or once it has sent and received `64MiB`."""
+    address: Literal["keep", "change"] = "keep"
+    """keep: its address moves along. change: it gets the destination's, and partners learn it from the RESUME."""
+
+
+class Report(Section):
+    """What the report shows beyond the fields that are always there."""
+
+    plots: bool = True
+    """Draw the run's timeline as a picture beside the summary."""
+    tail: Annotated[int, Field(ge=0, le=200)] = 3
+    """Last lines of each program's output to show."""
+
+
+class Topology(Section):
+    """A whole file."""
+
+    name: Name
+    description: str = ""
+    subnet: Subnet = "10.0.0.0/16"
+    """Data network that automatic addresses are taken from."""
+    controller: Literal["auto", "ryu", "os-ken"] = "auto"
+    """auto: Ryu where it is installed, else os-ken."""
+    hosts: Annotated[dict[NodeName, Host], Field(min_length=1)]
+    switches: Annotated[list[NodeName], Field(min_length=1)]
+    links: Annotated[list[Link], Field(min_length=1)]
+    apps: dict[Name, App] = {}
+    migrations: list[Migration] = []
+    report: Report = Report()
+    capture: bool = False
+    """Write a pcap per NIC for the whole run (migrations are always captured)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of every random choice of the run: impairments, first PSNs."""
+
+    def resolve(self) -> ResolvedTopology:
+        """Every automatic value filled in. The topology must have passed `checks` (it has, coming from `load`)."""
+        from testbed.topology.resolved import resolve
+
+        return resolve(self)

@@ -1,0 +1,278 @@
+"""The resolved form: plain frozen dataclasses, every automatic value filled in, nothing left to decide.
+
+Numbering is by order in the file, from 1: host k has node address 100.64.0.k, management address 100.65.0.k, MAC
+02:00:00:00:00:kk and number base k (the range of QPNs, keys and context ids that only its NIC hands out, so that a
+migrated program finds its numbers free); switch k has datapath id k. The same file gives the same numbers always.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from testbed.topology.models import HEADROOM, RDMA_MTUS, Host, Report, Topology
+
+NODE_NETWORK: Final = ipaddress.IPv4Network("100.64.0.0/16")
+"""Permanent address of each host on the data network, for bulk transfer; never a GID."""
+MANAGEMENT_NETWORK: Final = ipaddress.IPv4Network("100.65.0.0/16")
+"""A separate network for SSH; .255.254 is the machine's own end."""
+MANAGEMENT_ROOT: Final = "100.65.255.254"
+PLACEHOLDER: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedNic:
+    """Options of `python -m softroce_ext` for one host."""
+
+    mtu: int
+    """Largest payload of a packet, bytes: 256 … 4096."""
+    migros: bool
+    impair: dict[str, float]
+    """loss, reorder, duplicate, corrupt (shares) and delay (seconds); only those that are not 0."""
+    capture: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedHost:
+    """One virtual host."""
+
+    name: str
+    index: int
+    """1-based, by order in the file."""
+    ip: str
+    prefix: int
+    """Prefix length of `ip` and of the apps' own addresses."""
+    node_ip: str
+    mgmt_ip: str
+    mac: str
+    """Of the data interface."""
+    number_base: int
+    interface: str
+    """Data interface inside the host."""
+    switch: str
+    """The switch that it hangs on."""
+    nic: ResolvedNic
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSwitch:
+    """One Open vSwitch bridge."""
+
+    name: str
+    dpid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedLink:
+    """One cable. A host, if there is one, is always `a`."""
+
+    a: str
+    b: str
+    bw: float | None
+    """Mbit/s each way, None: not limited."""
+    mtu: int
+    delay: float
+    """Seconds, one way."""
+    loss: float
+    """Share of packets, 0 ≤ loss < 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedApp:
+    """One program."""
+
+    name: str
+    host: str
+    command: str
+    """As in the file, placeholders filled in."""
+    argv: tuple[str, ...]
+    after: tuple[str, ...]
+    env: dict[str, str]
+    check: str
+    """exit or data."""
+    expect: int
+    timeout: float
+    """Seconds."""
+    address: str
+    """Address that the program is reached at when it starts: its own, or its host's."""
+    own_address: bool
+    """The address belongs to this program alone: added to its host before it starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedMigration:
+    """One move. Exactly one of `at_seconds` and `at_bytes` is set."""
+
+    index: int
+    """0-based, by order in the file."""
+    app: str
+    source: str
+    """Where the program is by then (its host, or the destination of its previous move)."""
+    to: str
+    at_seconds: float | None
+    at_bytes: int | None
+    address: str
+    """keep or change."""
+    ip_before: str
+    ip_after: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTopology:
+    """What the run is programmed against."""
+
+    name: str
+    description: str
+    seed: int
+    controller: str
+    """auto, ryu or os-ken."""
+    subnet: str
+    capture: bool
+    hosts: dict[str, ResolvedHost]
+    switches: dict[str, ResolvedSwitch]
+    links: tuple[ResolvedLink, ...]
+    apps: dict[str, ResolvedApp]
+    migrations: tuple[ResolvedMigration, ...]
+    report: Report
+
+    def to_plain(self) -> dict[str, Any]:
+        """For `topology.resolved.json` in the results folder: dicts, lists, strings and numbers."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "report"}
+        for key in ("hosts", "switches", "apps"):
+            plain[key] = {name: dataclasses.asdict(value) for name, value in plain[key].items()}
+        for key in ("links", "migrations"):
+            plain[key] = [dataclasses.asdict(value) for value in plain[key]]
+        return {**plain, "report": self.report.model_dump()}
+
+
+def addresses(topology: Topology) -> dict[str, str]:
+    """Host name → address: what the file says, else the first free addresses of the subnet, in order."""
+    taken = {host.ip for host in topology.hosts.values()} | {app.address for app in topology.apps.values()}
+    free = (str(ip) for ip in ipaddress.IPv4Network(topology.subnet).hosts() if str(ip) not in taken)
+    return {name: host.ip or next(free, "") for name, host in topology.hosts.items()}
+
+
+def app_addresses(topology: Topology, hosts: dict[str, str]) -> dict[str, str]:
+    """App name → the address that it is reached at when it starts."""
+    return {name: app.address or hosts.get(app.host, "") for name, app in topology.apps.items()}
+
+
+def placeholders(command: str) -> Iterator[tuple[str, str | None]]:
+    """(text, inner) of every `{inner}` in a command; inner is None for a lone brace. `{{` and `}}` are braces."""
+    for match in PLACEHOLDER.finditer(command):
+        if match[0] not in ("{{", "}}"):
+            yield match[0], match[1]
+
+
+def fill(command: str, known: dict[str, str]) -> str:
+    """`ping {server.ip}` → `ping 10.0.0.2`; `known` maps names to addresses. KeyError on an unknown name."""
+
+    def replace(match: re.Match[str]) -> str:
+        if match[0] in ("{{", "}}"):
+            return match[0][0]
+        return known[match[1].removesuffix(".ip")]
+
+    return PLACEHOLDER.sub(replace, command)
+
+
+def fitting_mtu(topology: Topology) -> int:
+    """The largest RDMA payload that every link carries; 0 if not even the smallest fits."""
+    room = min(link.mtu for link in topology.links) - HEADROOM
+    return max((mtu for mtu in RDMA_MTUS if mtu <= room), default=0)
+
+
+def checks_data(argv: list[str]) -> bool:
+    """The command line is known to verify its data: ibv_*_pingpong with -c or --chk."""
+    program = argv[0].rsplit("/", 1)[-1]
+    if not re.fullmatch(r"ibv_\w+_pingpong", program):
+        return False
+    return any(word == "--chk" or re.fullmatch(r"-[a-z]*c", word) is not None for word in argv[1:])
+
+
+def _host(topology: Topology, name: str, host: Host, index: int, ip: str) -> ResolvedHost:
+    impair = {key: value for key, value in host.nic.impair.model_dump().items() if value}
+    capture = topology.capture if host.nic.capture is None else host.nic.capture
+    return ResolvedHost(
+        name=name,
+        index=index,
+        ip=ip,
+        prefix=ipaddress.IPv4Network(topology.subnet).prefixlen,
+        node_ip=str(NODE_NETWORK[index]),
+        mgmt_ip=str(MANAGEMENT_NETWORK[index]),
+        mac=f"02:00:00:00:00:{index:02x}",
+        number_base=index,
+        interface=f"{name}-eth0",
+        switch=next(end for link in topology.links if name in link.ends for end in link.ends if end != name),
+        nic=ResolvedNic(host.nic.mtu or fitting_mtu(topology), host.nic.migros, impair, capture),
+    )
+
+
+def resolve(topology: Topology) -> ResolvedTopology:
+    """Fill in everything. `topology` must have passed the checks: lookups are not guarded here."""
+    host_ips = addresses(topology)
+    app_ips = app_addresses(topology, host_ips)
+    known = host_ips | app_ips
+    apps: dict[str, ResolvedApp] = {}
+    for name, app in topology.apps.items():
+        command = fill(app.command, known)
+        argv = shlex.split(command)
+        check = app.check or ("data" if checks_data(argv) else "exit")
+        apps[name] = ResolvedApp(
+            name=name,
+            host=app.host,
+            command=command,
+            argv=tuple(argv),
+            after=tuple(app.after),
+            env=dict(app.env),
+            check=check,
+            expect=app.expect,
+            timeout=app.timeout,
+            address=app_ips[name],
+            own_address=app.address is not None,
+        )
+    place = {name: app.host for name, app in topology.apps.items()}
+    current = dict(app_ips)
+    migrations = []
+    for index, migration in enumerate(topology.migrations):
+        before = current[migration.app]
+        after = before if migration.address == "keep" else host_ips[migration.to]
+        migrations.append(
+            ResolvedMigration(
+                index=index,
+                app=migration.app,
+                source=place[migration.app],
+                to=migration.to,
+                at_seconds=migration.at if isinstance(migration.at, float) else None,
+                at_bytes=migration.at if isinstance(migration.at, int) else None,
+                address=migration.address,
+                ip_before=before,
+                ip_after=after,
+            )
+        )
+        place[migration.app], current[migration.app] = migration.to, after
+    links = []
+    for link in topology.links:
+        a, b = sorted(link.ends, key=lambda end: end not in topology.hosts)
+        links.append(ResolvedLink(a, b, link.bw, link.mtu, link.delay, link.loss))
+    return ResolvedTopology(
+        name=topology.name,
+        description=topology.description,
+        seed=topology.seed,
+        controller=topology.controller,
+        subnet=topology.subnet,
+        capture=topology.capture,
+        hosts={
+            name: _host(topology, name, host, index, host_ips[name])
+            for index, (name, host) in enumerate(topology.hosts.items(), start=1)
+        },
+        switches={name: ResolvedSwitch(name, dpid) for dpid, name in enumerate(topology.switches, start=1)},
+        links=tuple(links),
+        apps=apps,
+        migrations=tuple(migrations),
+        report=topology.report,
+    )

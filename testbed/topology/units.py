@@ -1,0 +1,111 @@
+"""Quantities as a user writes them: `2s`, `500us`, `64MiB`, `0.1%`. Parsed to seconds, bytes and fractions.
+
+A bare number is refused where its unit could be guessed wrongly (seconds or milliseconds?), with the guess as a hint.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final
+
+from pydantic import BeforeValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+_NUMBER: Final = r"(\d+(?:\.\d+)?|\.\d+)"
+DURATION_PATTERN: Final = rf"^{_NUMBER}\s*(ns|us|µs|ms|s|min|h)$"
+SIZE_PATTERN: Final = rf"^{_NUMBER}\s*(B|KB|MB|GB|KiB|MiB|GiB)$"
+PERCENT_PATTERN: Final = rf"^{_NUMBER}\s*%$"
+
+_SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
+_BYTES: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def duration(value: Any) -> float:
+    """`2s`, `1.5ms`, `50us` → seconds. Errors: PydanticCustomError `unit`."""
+    match = re.match(DURATION_PATTERN, value) if isinstance(value, str) else None
+    if match:
+        return float(match[1]) * _SECONDS[match[2]]
+    raise PydanticCustomError(
+        "unit", "not a duration; allowed: a number with ns, us, ms, s, min or h{hint}", _guess(value)
+    )
+
+
+def size(value: Any) -> int:
+    """`64MiB`, `10MB`, `512B` → bytes. Errors: PydanticCustomError `unit`."""
+    match = re.match(SIZE_PATTERN, value) if isinstance(value, str) else None
+    if match:
+        return round(float(match[1]) * _BYTES[match[2]])
+    raise PydanticCustomError("unit", "not a size; allowed: a number with B, KB, MB, GB, KiB, MiB or GiB", {})
+
+
+def fraction(value: Any) -> float:
+    """`0.001` or `0.1%` → 0.001; 0 to below 1. Errors: PydanticCustomError `fraction`."""
+    number = -1.0
+    if isinstance(value, str) and (match := re.match(PERCENT_PATTERN, value)):
+        number = float(match[1]) / 100
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
+    if 0 <= number < 1:
+        return number
+    hint = f"; hint: {value}%" if isinstance(value, int | float) and 1 <= value < 100 else ""
+    raise PydanticCustomError(
+        "fraction",
+        "not a share; allowed: 0 up to (not including) 1, or a percentage such as 0.1%{hint}",
+        {"hint": hint},
+    )
+
+
+def moment(value: Any) -> float | int:
+    """When a migration starts: seconds as float, or bytes as int. Errors: PydanticCustomError `unit`."""
+    if isinstance(value, str):
+        if re.match(DURATION_PATTERN, value):
+            return duration(value)
+        if re.match(SIZE_PATTERN, value):
+            return size(value)
+    raise PydanticCustomError(
+        "unit",
+        "neither a time nor an amount of data; allowed: 2s, 500ms (after the program's start) or 64MiB "
+        "(bytes that it has sent and received){hint}",
+        _guess(value),
+    )
+
+
+def _guess(value: Any) -> dict[str, str]:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"hint": f"; hint: a unit is missing: {value}s" if number else ""}
+
+
+def _text(pattern: str, description: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, "description": description})
+
+
+Duration = Annotated[float, BeforeValidator(duration), _text(DURATION_PATTERN, "a time with its unit: 500us, 2s")]
+"""Seconds."""
+
+Moment = Annotated[
+    float | int,
+    BeforeValidator(moment),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "anyOf": [{"pattern": DURATION_PATTERN}, {"pattern": SIZE_PATTERN}],
+            "description": "a time after the program's start (2s) or an amount of data sent and received (64MiB)",
+        }
+    ),
+]
+"""float: seconds; int: bytes."""
+
+Fraction = Annotated[
+    float,
+    BeforeValidator(fraction),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+                {"type": "string", "pattern": PERCENT_PATTERN},
+            ],
+            "description": "a share of the packets: 0.001 or 0.1%",
+        }
+    ),
+]
+"""0 ≤ share < 1."""
