@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TextIO
 
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
@@ -209,17 +210,17 @@ def _nics(state: RunState) -> Table:
 
 def _migration(migration: MigrationState) -> Iterator[RenderableType]:
     yield Text(f"migration: {migration.title}", style="bold")
-    steps = Text()
+    steps: list[Text] = []
     for phase in PHASES:
         if phase in migration.phases:
             length = migration.phases[phase]
             if length is None:
-                steps.append(f"▸\u00a0{phase}\u00a0…  ", style="yellow")
+                steps.append(Text(f"▸ {phase} …", style="yellow"))
             else:
-                steps.append(f"✓\u00a0{phase}\u00a0{text.ms(length)}  ", style="green")
+                steps.append(Text(f"✓ {phase} {text.ms(length)}", style="green"))
         elif migration.outcome is None:
-            steps.append(f"·\u00a0{phase}  ", style="dim")
-    yield Padding(steps, (0, 0, 0, 2))
+            steps.append(Text(f"· {phase}", style="dim"))
+    yield Padding(Columns(steps, padding=(0, 2)), (0, 0, 0, 2))
     if migration.outcome is not None:
         yield Padding(Text(migration.outcome, style="green" if migration.ok else "bold red"), (0, 0, 0, 2))
 

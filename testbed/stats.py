@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,7 @@ def significant(value: float, digits: int = 3) -> str:
     """Plain decimal notation with `digits` significant digits and no exponent: 1234 → `1230`, 0.01234 → `0.0123`."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    places = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{round(value, places):.{max(places, 0)}f}"
+    return f"{Decimal(f'{value:.{digits - 1}e}'):f}"
 
 
 def estimate(samples: Sequence[float], *, seed: int = 0) -> Estimate:
