@@ -57,7 +57,7 @@ class Address:
     key_file: Path
     """Private key to log in with."""
     host_key: str | None = None
-    """The one public host key to accept, as in known_hosts ("ssh-ed25519 AAAA…"); None: the user's known_hosts decide."""
+    """The one public host key to accept ("ssh-ed25519 AAAA…"); None: the user's known_hosts file decides."""
     port: int = 22
     user: str = "root"
     root: str = "/run/migros"
@@ -84,10 +84,10 @@ class Address:
 
 
 class SshTransport:
-    """The agent's standard streams through one SSH session. Keeps the connection alive, so that a dead host is noticed."""
+    """The agent's standard streams through one SSH session; keep-alives notice a dead host."""
 
     def __init__(self, address: Address, timeout: float = 20.0) -> None:
-        """Connect, trying again until `timeout` seconds have passed (sshd may just be starting). Raises EnvironmentProblem."""
+        """Connect; sshd may just be starting, so try for `timeout` seconds. Raises EnvironmentProblem."""
         self._client = _connect(address, timeout)
         transport = self._client.get_transport()
         if transport is None:
@@ -204,7 +204,7 @@ class Host:
         return host
 
     def subscribe(self, listener: EventListener) -> None:
-        """Call `listener(host name, event)` for every event from now on. It must not call `call` (same thread reads)."""
+        """Call `listener(host name, event)` for every event from now on. It must not use `call`: its thread reads."""
         self._listeners.append(listener)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import threading
@@ -54,10 +55,8 @@ class Agent:
         """Tell the harness that something happened; `t` is this machine's time.monotonic()."""
         if self._closing:
             return
-        try:
+        with contextlib.suppress(ChannelClosed):  # the read side sees the same and ends the agent
             self._channel.send({"event": name, "host": self.host, "t": time.monotonic(), **fields})
-        except ChannelClosed:
-            pass  # the read side sees the same and ends the agent
 
     def at_end(self, ending: Callable[[], None]) -> Callable[[], None]:
         """Call `ending()` when the agent ends, newest first. Returns a function that takes it back."""
@@ -113,10 +112,8 @@ class Agent:
             # A defect, or a failure that no operation foresaw: the harness shows the sentence, the log has the trace.
             traceback.print_exc()
             answer |= {"ok": False, "error": f"{type(error).__name__}: {error}", "blame": "run", "hint": None}
-        try:
+        with contextlib.suppress(ChannelClosed):
             self._channel.send(answer)
-        except ChannelClosed:
-            pass
 
 
 def _about() -> dict[str, Any]:
