@@ -16,7 +16,6 @@
  * The declarations below are the binary interface of CRIU plugins as CRIU documents it (plugin version 0.2, since CRIU
  * 1.x; hook numbers since 3.19): CRIU's header is not packaged by Debian, and the interface is these few lines.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -118,7 +117,8 @@ static int checkpoint_devices(int pid)
 	return failed ? failed : wait_for_go();
 }
 
-struct plugin_descriptor CR_PLUGIN_DESC = {
+/* CRIU looks this symbol up by name; everything else stays hidden. */
+__attribute__((visibility("default"))) struct plugin_descriptor CR_PLUGIN_DESC = {
 	.name = "migros_testbed",
 	.init = start,
 	.exit = finish,

@@ -11,7 +11,6 @@
  *
  * At any other stage it ends at once with status 0.
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
