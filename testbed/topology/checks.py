@@ -1,7 +1,7 @@
 """What no schema can say: names that must exist, a graph that must hang together, addresses that must not collide.
 
-Every check takes a `View` and yields problems; none stops at the first. A view is built from the raw data and leaves out
-what the models refused, so that these checks run beside the models' errors instead of after them.
+Every check takes a `View` and yields problems; none stops at the first. A view is built from the raw data and leaves
+out what the models refused, so that these checks run beside the models' errors instead of after them.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _mtus(view: View) -> Iterator[Problem]:
             fitting = [mtu for mtu in RDMA_MTUS if mtu <= room]
             yield Problem(
                 f"hosts.{name}.nic.mtu",
-                f"payload of {host.nic.mtu} and {HEADROOM} bytes of headers do not fit links[{index}] (mtu {tightest.mtu})",
+                f"payload and {HEADROOM} bytes of headers do not fit links[{index}] (mtu {tightest.mtu})",
                 str(host.nic.mtu),
                 f"give the links mtu {host.nic.mtu + HEADROOM} or more, or the NIC {', '.join(map(str, fitting))}",
             )
@@ -219,9 +219,8 @@ def _addresses(view: View) -> Iterator[Problem]:
             continue
         ip = ipaddress.IPv4Address(text)
         if ip not in view.subnet:
-            yield Problem(
-                path, f"is not in the data network {view.subnet}", text, f"set subnet, e.g. {text}/24 rounded down"
-            )
+            wider = ipaddress.IPv4Network(f"{text}/24", strict=False)
+            yield Problem(path, f"is not in the data network {view.subnet}", text, f"set subnet, e.g. {wider}")
         elif ip in (view.subnet.network_address, view.subnet.broadcast_address):
             yield Problem(path, "is the network's own or broadcast address", text)
         if owners.setdefault(text, path) != path:
