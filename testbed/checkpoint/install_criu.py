@@ -1,269 +1,191 @@
-"""Install a CRIU that works on new kernels into a private prefix, without touching the system's libc.
+"""Install a CRIU that works on the running kernel into a private prefix, leaving the system's packages as they are.
 
-Debian 12 has CRIU 3.17, which fails on new kernels; Debian 13 has 4.1, which cannot dump TCP sockets on kernel 6.18.
-The first good one is 4.2, in newer suites. This script takes the archive hosts that the machine's apt already uses,
-with the suite's name replaced, into an apt directory of its own with an *empty* dpkg status: apt then resolves
-everything that CRIU needs down to libc. The packages are unpacked side by side (never installed) and CRIU is started through the
-prefix's own dynamic linker; with the system's, a restore fails with "PR_SET_MM_MAP: -16".
+    python3 -m testbed.checkpoint.install_criu [--prefix DIR] [--force]
 
-    /var/lib/migros-testbed/criu/
-        bin/criu          the wrapper to call
-        root/             the unpacked packages
-        version           of the Debian package, written last: its presence means complete
+Debian 12 has CRIU 3.17, which fails on new kernels, and Debian 13 has 4.1, which cannot dump sockets on them. So `apt`
+fetches `criu` with *all* it needs, libc included, from a newer suite of the archive that the machine uses already, with
+a package list, a cache and an empty package status of its own; `dpkg-deb -x` unpacks them into one directory, and
+`criu_binary` starts it through that directory's own dynamic loader. About 9 MB are fetched, 30 MB unpacked; nothing is configured, no system file changes.
 
-Run as a script by the system's python3 (standard library only, before there is a virtual environment):
-`install_criu.py [--prefix DIR] [--force]`. Exit codes: 0 installed or already there, 3 not possible, with the reason.
+Idempotent: with a CRIU that works (in the prefix, in $TESTBED_CRIU or the system's) it does nothing. Standard library
+only: it runs before the virtual environment exists.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PREFIX = Path("/var/lib/migros-testbed/criu")
+from testbed.checkpoint import criu_binary
+from testbed.errors import EnvironmentProblem, TestbedError
+
 SUITES = ("forky", "sid")
-"""Debian suites that have a new enough CRIU, tried in this order."""
-LOWEST = (4, 2)
-"""4.1 cannot dump TCP or UDP sockets on kernel 6.18 ("Can't get 1:16 opt")."""
-
-
-class CannotInstall(Exception):
-    """The reason, for the user."""
+"""Debian suites tried in order; both carried CRIU 4.2.1 in November 2026."""
+_APT_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """One archive of the machine's apt configuration."""
+class Archive:
+    """One archive that this machine's apt is configured for."""
 
     uri: str
-    suite: str
     options: str
-    """Options of the one-line format in brackets (`[signed-by=…]`), or an empty string."""
+    """Options of the one-line format: `[signed-by=…] `, or an empty string."""
 
 
-def sources(folder: Path = Path("/etc/apt")) -> Iterator[Source]:
-    """Every binary archive with a `main` component that apt is configured for, in both of its formats."""
-    lists = [folder / "sources.list", *sorted((folder / "sources.list.d").glob("*.list"))]
-    for path in lists:
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            match = re.match(r"\s*deb\s+(\[[^\]]*\]\s+)?(\S+)\s+(\S+)\s+(.*)", line)
-            if match and "main" in match[4].split("#")[0].split():
-                yield Source(match[2], match[3], (match[1] or "").strip())
-    for path in sorted((folder / "sources.list.d").glob("*.sources")):
-        text = "\n".join(line for line in path.read_text().splitlines() if not line.startswith("#"))
-        for stanza in re.split(r"\n\s*\n", text):
-            fields = _fields(stanza)
-            if fields.get("enabled", "yes").lower() in ("no", "false") or "deb" not in fields.get("types", "").split():
-                continue
-            if "main" not in fields.get("components", "").split():
-                continue
-            # An inline key (several lines) cannot be said in the one-line format; apt's trusted keys then decide.
-            key = fields.get("signed-by", "")
-            options = [f"signed-by={key}"] if key.startswith("/") and " " not in key else []
-            options += ["trusted=yes"] if fields.get("trusted", "").lower() == "yes" else []
-            for uri in fields.get("uris", "").split():
-                for suite in fields.get("suites", "").split():
-                    yield Source(uri, suite, f"[{' '.join(options)}]" if options else "")
+def archives(os_release: Path = Path("/etc/os-release")) -> list[Archive]:
+    """The archives of this Debian release that apt already uses, so that a local mirror is honoured.
 
-
-def _fields(stanza: str) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    key = ""
-    for line in stanza.splitlines():
-        if line[:1].isspace():
-            fields[key] = f"{fields.get(key, '')} {line.strip()}".strip()
-        elif ":" in line:
-            key, value = line.split(":", 1)
-            key = key.strip().lower()
-            fields[key] = value.strip()
-    return fields
-
-
-def debian_archives(folder: Path = Path("/etc/apt"), os_release: Path = Path("/etc/os-release")) -> list[Source]:
-    """The archives of this Debian release itself, without its updates, security and other people's archives."""
-    codename = ""
-    for line in os_release.read_text().splitlines():
-        if line.startswith("VERSION_CODENAME="):
-            codename = line.partition("=")[2].strip().strip('"')
-    found = [source for source in sources(folder) if source.suite in (codename, "stable", "testing", "sid")]
-    # Debian's own end in /debian almost everywhere; others that name their suite after the release come last.
-    return sorted(dict.fromkeys(found), key=lambda source: not source.uri.rstrip("/").endswith("debian"))
-
-
-class PrivateApt:
-    """apt with lists, cache and (empty) dpkg status of its own below `folder`, knowing one archive and suite."""
-
-    def __init__(self, folder: Path, source: Source, suite: str) -> None:
-        self.archives = folder / "cache/archives"
-        for path in (folder / "lists/partial", self.archives / "partial"):
-            path.mkdir(parents=True)
-        (folder / "status").touch()
-        (folder / "sources.list").write_text(f"deb {source.options} {source.uri} {suite} main\n")
-        settings = {
-            "Dir::Etc::sourcelist": folder / "sources.list",
-            "Dir::Etc::sourceparts": "/dev/null",
-            "Dir::Etc::preferences": "/dev/null",
-            "Dir::Etc::preferencesparts": "/dev/null",
-            "Dir::State": folder,
-            "Dir::State::lists": folder / "lists",
-            "Dir::State::status": folder / "status",
-            "Dir::Cache": folder / "cache",
-            "Dir::Cache::archives": self.archives,
-            "Acquire::Check-Valid-Until": "false",
-            "Acquire::Languages": "none",
-            "APT::Sandbox::User": "root",
-            "APT::Install-Recommends": "false",
-        }
-        self._options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
-
-    def run(self, program: str, *words: str) -> str:
-        """Output of one apt command. Errors: CannotInstall with apt's own words."""
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
-        result = subprocess.run(
-            [program, *self._options, *words],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        if result.returncode != 0:
-            lines = (result.stderr or result.stdout).strip().splitlines()
-            raise CannotInstall(" / ".join(lines[-3:]) or f"{program} ended with {result.returncode}")
-        return result.stdout
-
-
-def version_tuple(text: str) -> tuple[int, ...]:
-    """`4.2-1+b1` → (4, 2); an unreadable text gives ()."""
-    match = re.search(r"(\d+(?:\.\d+)+)", text)
-    return tuple(int(part) for part in match[1].split(".")) if match else ()
-
-
-def _download(folder: Path, source: Source, suite: str) -> tuple[str, list[Path]]:
-    """Version and package files of CRIU and all it needs."""
-    apt = PrivateApt(folder, source, suite)
-    apt.run("apt-get", "update", "-qq", "-o", "APT::Update::Error-Mode=any")
-    match = re.search(r"^ *Candidate: (\S+)", apt.run("apt-cache", "policy", "criu"), re.MULTILINE)
-    version = match[1] if match else "(none)"
-    if version_tuple(version) < LOWEST:
-        raise CannotInstall(f"{suite} offers criu {version}, needed is {LOWEST[0]}.{LOWEST[1]} or newer")
-    apt.run("apt-get", "install", "-y", "-qq", "--download-only", "criu")
-    return version, sorted(apt.archives.glob("*.deb"))
-
-
-_WRAPPER = """#!/bin/sh
-# Starts CRIU with the libraries that it was unpacked with, not the system's.
-exec {linker} --library-path {libraries} {program} "$@"
-"""
-
-
-def _unpack(packages: list[Path], prefix: Path, staging: Path) -> None:
-    """Unpack into `staging`, with a wrapper that is right once `staging` has been renamed to `prefix`."""
-    root = staging / "root"
-    root.mkdir(parents=True)
-    for package in packages:
-        subprocess.run(["dpkg-deb", "-x", package, root], check=True, stdin=subprocess.DEVNULL)
-    linkers = [path for path in root.rglob("ld-linux-*.so.*") if path.is_file() and not path.is_symlink()]
-    programs = [path for path in root.rglob("criu") if path.is_file() and path.parent.name in ("sbin", "bin")]
-    if not linkers or not programs:
-        raise CannotInstall(f"the packages have no {'criu' if linkers else 'dynamic linker'} in them")
-    folders = sorted({path.parent for path in (root / "usr").rglob("lib*.so.*")})
-    libraries = ":".join(str(prefix / path.relative_to(staging)) for path in folders)
-    wrapper = staging / "bin/criu"
-    wrapper.parent.mkdir()
-    wrapper.write_text(
-        _WRAPPER.format(
-            linker=shlex.quote(str(prefix / linkers[0].relative_to(staging))),
-            libraries=shlex.quote(libraries),
-            program=shlex.quote(str(prefix / programs[0].relative_to(staging))),
-        )
+    Not its updates and security archives (their newer suites have no criu); other people's, which may name their suite
+    after the release too, come last. Raises EnvironmentProblem if there is none.
+    """
+    fields = (line.partition("=") for line in os_release.read_text().splitlines())
+    release = {key: value.strip('"') for key, _, value in fields}
+    own = {release.get("VERSION_CODENAME", ""), "stable", "testing", "unstable", "sid"}
+    answer = subprocess.run(
+        [
+            "apt-get",
+            "indextargets",
+            "--format",
+            "$(REPO_URI)\t$(RELEASE)\t$(COMPONENT)\t$(SIGNED_BY)\t$(TRUSTED)",
+            "Created-By: Packages",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    wrapper.chmod(0o755)
+    found = []
+    for line in answer.stdout.splitlines():
+        uri, suite, component, key, trusted = line.split("\t")
+        if suite not in own or component != "main":
+            continue
+        # An inline key cannot be said in one line: apt's own trusted keys then decide.
+        options = [f"signed-by={key}"] if key.startswith("/") and "\n" not in key else []
+        options += ["trusted=yes"] if trusted == "yes" else []
+        found.append(Archive(uri, f"[{' '.join(options)}] " if options else ""))
+    if not found:
+        raise EnvironmentProblem("apt is configured for no archive of this Debian release", hint="see sources.list(5)")
+    return sorted(dict.fromkeys(found), key=lambda archive: not archive.uri.rstrip("/").endswith("debian"))
 
 
-def works(prefix: Path) -> str | None:
-    """None if the CRIU in `prefix` is complete and starts; else why not."""
-    if not (prefix / "version").is_file():
-        return "not installed"
+def _run(command: list[str], what: str) -> str:
+    """Output of a command. Raises EnvironmentProblem with its last lines."""
     try:
-        result = subprocess.run(
-            [prefix / "bin/criu", "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20
+        answer = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_APT_SECONDS,
+            check=False,
+            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    if result.returncode != 0:
-        return (result.stderr or result.stdout).strip()
-    return None if version_tuple(result.stdout) >= LOWEST else f"too old: {result.stdout.strip()}"
+        raise EnvironmentProblem(f"{what}: {error}") from error
+    if answer.returncode != 0:
+        raise EnvironmentProblem(f"{what} failed: " + " / ".join(answer.stdout.strip().splitlines()[-4:]))
+    return answer.stdout
 
 
-def kernel_check(prefix: Path) -> str | None:
-    """None if `criu check` is content with this kernel; else its words."""
-    result = subprocess.run(
-        [prefix / "bin/criu", "check"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-    )
-    return None if result.returncode == 0 else (result.stderr or result.stdout).strip()
+def _fetch(work: Path, archive: Archive, suite: str) -> list[Path]:
+    """Download criu and everything it needs from one suite; the packages' paths."""
+    for folder in ("lists/partial", "cache/archives/partial", "empty"):
+        (work / folder).mkdir(parents=True)
+    (work / "sources.list").write_text(f"deb {archive.options}{archive.uri} {suite} main\n")
+    (work / "status").touch()
+    options = {
+        "Dir::Etc::sourcelist": work / "sources.list",
+        "Dir::Etc::sourceparts": work / "empty",
+        "Dir::Etc::preferences": work / "empty/none",
+        "Dir::Etc::preferencesparts": work / "empty",
+        "Dir::State::Lists": work / "lists",
+        "Dir::State::status": work / "status",
+        "Dir::State::extended_states": work / "extended_states",
+        "Dir::Cache": work / "cache",
+        "Acquire::Languages": "none",
+        "Acquire::Check-Valid-Until": "false",
+        "Acquire::Retries": "2",
+        "APT::Default-Release": "",
+        "APT::Sandbox::User": "root",
+        "APT::Install-Recommends": "false",
+    }
+    apt = ["apt-get", "-q", "-y", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
+    _run([*apt, "update"], f"reading the package list of Debian {suite} from {archive.uri}")
+    _run([*apt, "--download-only", "install", "criu"], f"fetching criu from Debian {suite}")
+    packages = sorted((work / "cache/archives").glob("*.deb"))
+    if not packages:
+        raise EnvironmentProblem(f"apt fetched no package from Debian {suite} at {archive.uri}")
+    return packages
 
 
-def install(prefix: Path = PREFIX) -> str:
-    """Install, replacing what is there; gives the version. Errors: CannotInstall with what was tried."""
-    archives = debian_archives()
-    if not archives:
-        raise CannotInstall("apt is configured for no Debian archive with a `main` component")
-    reasons: list[str] = []
+def install(prefix: Path = criu_binary.PREFIX) -> criu_binary.Criu:
+    """Make `prefix` anew from the first suite whose CRIU works here. Raises EnvironmentProblem with every reason."""
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise EnvironmentProblem(
+                f"{tool} is missing: CRIU can only be fetched on Debian and its kin",
+                hint=f"install CRIU {'.'.join(map(str, criu_binary.MINIMUM))} or newer and set TESTBED_CRIU to it",
+            )
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    for suite in SUITES:
-        for source in archives:
-            # On the same file system as the prefix, so that the last step is a rename.
-            with tempfile.TemporaryDirectory(prefix=".criu-", dir=prefix.parent) as text:
-                folder = Path(text)
-                folder.chmod(0o755)
+    refused = []
+    for archive in archives():
+        for suite in SUITES:
+            with tempfile.TemporaryDirectory(prefix=".criu-", dir=prefix.parent) as folder:
+                work = Path(folder)
+                unpacked = work / "root"
                 try:
-                    version, packages = _download(folder / "apt", source, suite)
-                    staging = folder / "new"
-                    _unpack(packages, prefix, staging)
-                except (CannotInstall, OSError, subprocess.SubprocessError) as error:
-                    reasons.append(f"{suite}: {error}")
+                    for package in _fetch(work / "apt", archive, suite):
+                        _run(["dpkg-deb", "-x", str(package), str(unpacked)], f"unpacking {package.name}")
+                    command = criu_binary.prefix_command(unpacked)
+                    if command is None:
+                        raise EnvironmentProblem("the packages hold no criu or no dynamic loader")
+                    criu_binary.check(command)
+                except EnvironmentProblem as problem:
+                    refused.append(f"{suite} from {archive.uri}: {problem.message}")
                     continue
-                (staging / "version").write_text(version + "\n")
-                if prefix.exists():
-                    prefix.rename(folder / "old")
-                staging.rename(prefix)
-            problem = works(prefix)
-            if problem is None:
-                return version
-            reasons.append(f"{suite}: criu {version} does not start: {problem}")
-            shutil.rmtree(prefix, ignore_errors=True)
-    raise CannotInstall("\n  ".join(dict.fromkeys(reasons)))
+                _replace(prefix, unpacked)
+            final = criu_binary.prefix_command(prefix)
+            assert final is not None, "the directory was checked under its old name"
+            return criu_binary.Criu(tuple(final), criu_binary.check(final), str(prefix))
+    raise EnvironmentProblem("no CRIU could be installed: " + "; ".join(refused))
+
+
+def _replace(prefix: Path, fresh: Path) -> None:
+    """Put `fresh` at `prefix`; the old one is out of the way before it is deleted."""
+    if prefix.exists():
+        old = fresh.parent / "old"
+        prefix.rename(old)
+    fresh.chmod(0o755)
+    fresh.rename(prefix)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(description="Install CRIU into a private prefix.")
-    parser.add_argument("--prefix", type=Path, default=PREFIX, help="folder to install into (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="install even if a working one is there")
+    """Command line; 0 when a CRIU works afterwards."""
+    parser = argparse.ArgumentParser(prog="install_criu", description="Get a CRIU that works on the running kernel.")
+    parser.add_argument("--prefix", type=Path, default=criu_binary.PREFIX, help="default: %(default)s")
+    parser.add_argument("--force", action="store_true", help="fetch it even if one works already")
     options = parser.parse_args(arguments)
-    prefix: Path = options.prefix.absolute()
-    if options.force or works(prefix) is not None:
-        try:
-            install(prefix)
-        except CannotInstall as error:
-            print(f"no CRIU: {error}", file=sys.stderr)
-            print("hint: set TESTBED_CRIU to the path of a CRIU 4.2 or newer", file=sys.stderr)
-            return 3
-    print(f"criu {(prefix / 'version').read_text().strip()} in {prefix}")
-    problem = kernel_check(prefix)
-    if problem is not None:
-        print(f"criu check does not pass on this kernel: {problem}", file=sys.stderr)
-        return 3
+    try:
+        criu = None
+        if not options.force:
+            try:
+                criu = criu_binary.usable(options.prefix)
+            except EnvironmentProblem:
+                criu = None
+        if criu is None:
+            if os.geteuid() != 0:
+                raise EnvironmentProblem("CRIU needs root", hint="run it with sudo")
+            criu = install(options.prefix)
+    except TestbedError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    print(f"criu {'.'.join(map(str, criu.version))} ({criu.origin})")
     return 0
 
 
