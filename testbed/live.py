@@ -234,7 +234,7 @@ class LiveView:
     def __init__(self, stream: TextIO | None = None, *, plain: bool | None = None, quiet: bool = False) -> None:
         """`plain`: lines in place of the redrawn view; default: when `stream` is no terminal."""
         self._stream = stream or sys.stderr
-        self._console = Console(file=self._stream, highlight=False)
+        self._console = Console(file=self._stream, highlight=False, markup=False, emoji=False)
         self._plain = (not self._console.is_terminal or self._console.is_dumb_terminal) if plain is None else plain
         self._quiet = quiet
         self._lock = threading.Lock()

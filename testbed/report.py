@@ -56,7 +56,7 @@ def render(summary: Summary) -> RenderableType:
 
 def print_report(summary: Summary, stream: TextIO | None = None, *, width: int | None = None) -> None:
     """Print the report to `stream` (default standard output); `width` in columns (default: the terminal's, or 80)."""
-    console = Console(file=stream, width=width, highlight=False)
+    console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
     if console.is_terminal:
         console.print(render(summary))
         return
@@ -77,6 +77,8 @@ def _parts(summary: Summary) -> Iterator[RenderableType]:
         yield from _section("Medians with 95 % bootstrap intervals", _statistics(summary))
     if summary.apps:
         yield from _section("Applications", _apps(summary.apps))
+    if any(app.tail for app in summary.apps):
+        yield from _section("What they printed last", _tails(summary.apps))
     if summary.hosts:
         yield from _section("NICs, whole run", _nics(summary.hosts))
     if summary.flow_changes:
@@ -220,6 +222,16 @@ def _apps(apps: Iterable[App]) -> Table:
             app.name, place, ended, "checked" if app.checked else "not checked",
             text.seconds(app.duration_s), text.ms(app.longest_gap_ms), _verdict(app.ok),
         )  # fmt: skip
+    return table
+
+
+def _tails(apps: Iterable[App]) -> Table:
+    """Programs print what they like: shown as it is, no markup, control characters replaced."""
+    table = _table("", "*", header=False)
+    for app in apps:
+        for number, words in enumerate(app.tail):
+            printable = "".join(letter if letter.isprintable() else "·" for letter in words.expandtabs())
+            table.add_row(Text("" if number else app.name, style=DIM), Text(printable))
     return table
 
 

@@ -120,6 +120,14 @@ def test_an_empty_failed_run_still_says_that_it_failed() -> None:
     assert "FAILED" in text and "no NIC" in text and "hint: look at the log" in text
 
 
+def test_words_of_others_are_not_markup() -> None:
+    """Errors and program output may contain brackets: shown letter for letter."""
+    summary = migrated()
+    summary.problems = [Problem(where="apps[x]", error="[red]open[/red] :warning: [errno 2] /etc", hint="[/bold]")]
+    text = rendered(summary)
+    assert "[red]open[/red] :warning: [errno 2] /etc" in text and "hint: [/bold]" in text and "apps[x]" in text
+
+
 if __name__ == "__main__":
     for name, make in CASES.items():
         (HERE / f"{name}.txt").write_text(rendered(make()))
