@@ -5,7 +5,8 @@
 Debian 12 has CRIU 3.17, which fails on new kernels, and Debian 13 has 4.1, which cannot dump sockets on them. So `apt`
 fetches `criu` with *all* it needs, libc included, from a newer suite of the archive that the machine uses already, with
 a package list, a cache and an empty package status of its own; `dpkg-deb -x` unpacks them into one directory, and
-`criu_binary` starts it through that directory's own dynamic loader. About 9 MB are fetched, 30 MB unpacked; nothing is configured, no system file changes.
+`criu_binary` starts it through that directory's own dynamic loader. About 9 MB are fetched, 30 MB unpacked; nothing is
+configured, no system file changes.
 
 Idempotent: with a CRIU that works (in the prefix, in $TESTBED_CRIU or the system's) it does nothing. Standard library
 only: it runs before the virtual environment exists.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from testbed.errors import EnvironmentProblem, TestbedError
 
 SUITES = ("forky", "sid")
 """Debian suites tried in order; both carried CRIU 4.2.1 in November 2026."""
+KEYRINGS = ("/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp")
 _APT_SECONDS = 600.0
 
 
@@ -53,7 +56,7 @@ def archives(os_release: Path = Path("/etc/os-release")) -> list[Archive]:
             "apt-get",
             "indextargets",
             "--format",
-            "$(REPO_URI)\t$(RELEASE)\t$(COMPONENT)\t$(SIGNED_BY)\t$(TRUSTED)",
+            "$(REPO_URI)\t$(RELEASE)\t$(COMPONENT)",
             "Created-By: Packages",
         ],
         capture_output=True,
@@ -62,16 +65,25 @@ def archives(os_release: Path = Path("/etc/os-release")) -> list[Archive]:
     )
     found = []
     for line in answer.stdout.splitlines():
-        uri, suite, component, key, trusted = line.split("\t")
-        if suite not in own or component != "main":
-            continue
-        # An inline key cannot be said in one line: apt's own trusted keys then decide.
-        options = [f"signed-by={key}"] if key.startswith("/") and "\n" not in key else []
-        options += ["trusted=yes"] if trusted == "yes" else []
-        found.append(Archive(uri, f"[{' '.join(options)}] " if options else ""))
+        uri, suite, component = line.split("\t")
+        if suite in own and component == "main":
+            found.append(Archive(uri, _options(uri)))
     if not found:
         raise EnvironmentProblem("apt is configured for no archive of this Debian release", hint="see sources.list(5)")
     return sorted(dict.fromkeys(found), key=lambda archive: not archive.uri.rstrip("/").endswith("debian"))
+
+
+def _options(uri: str, folder: Path = Path("/etc/apt")) -> str:
+    """How packages of `uri` are verified: by Debian's keyring, or not at all where the administrator has said so."""
+    files = [folder / "sources.list", *(folder / "sources.list.d").glob("*")]
+    text = "\n\n".join(path.read_text(errors="replace") for path in files if path.is_file())
+    # One-line format: one entry to a line. deb822: one to a paragraph.
+    entries = [line for line in text.splitlines() if line.lstrip().startswith("deb")] + re.split(r"\n\s*\n", text)
+    for entry in entries:
+        if uri.rstrip("/") in entry and re.search(r"^Trusted:\s*yes|^deb\b.*\btrusted=yes", entry, re.I | re.M):
+            return "[trusted=yes] "
+    keyring = next((path for path in KEYRINGS if Path(path).exists()), None)
+    return f"[signed-by={keyring}] " if keyring else ""
 
 
 def _run(command: list[str], what: str) -> str:
