@@ -78,10 +78,10 @@ def _options(uri: str, folder: Path = Path("/etc/apt")) -> str:
     files = [folder / "sources.list", *(folder / "sources.list.d").glob("*")]
     text = "\n\n".join(path.read_text(errors="replace") for path in files if path.is_file())
     # One-line format: one entry to a line. deb822: one to a paragraph.
-    entries = [line for line in text.splitlines() if line.lstrip().startswith("deb")] + re.split(r"\n\s*\n", text)
-    for entry in entries:
-        if uri.rstrip("/") in entry and re.search(r"^Trusted:\s*yes|^deb\b.*\btrusted=yes", entry, re.I | re.M):
-            return "[trusted=yes] "
+    lines = (line for line in text.splitlines() if re.match(r"deb\b.*\btrusted=yes", line))
+    paragraphs = (part for part in re.split(r"\n\s*\n", text) if re.search(r"^Trusted:\s*yes", part, re.I | re.M))
+    if any(uri.rstrip("/") in entry for entry in (*lines, *paragraphs)):
+        return "[trusted=yes] "
     keyring = next((path for path in KEYRINGS if Path(path).exists()), None)
     return f"[signed-by={keyring}] " if keyring else ""
 
