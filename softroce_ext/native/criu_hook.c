@@ -14,7 +14,8 @@
  * frozen. At restore the plugin does nothing.
  *
  * The declarations below are the binary interface of CRIU plugins as CRIU documents it (plugin version 0.2, since CRIU
- * 1.x; hook numbers since 3.19): CRIU's header is not packaged by Debian, and the interface is these few lines.
+ * 1.x; hook numbers since 3.19): CRIU's header is not packaged by Debian, and the interface is these few lines. The table
+ * is only as long as needed: CRIU refuses one longer than its own.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -24,7 +25,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-enum { HOOK_PAUSE_DEVICES = 10, HOOK_CHECKPOINT_DEVICES = 11, HOOKS = 15, STAGE_DUMP = 0 };
+enum { HOOK_PAUSE_DEVICES = 10, HOOK_CHECKPOINT_DEVICES = 11, HOOKS = 12, STAGE_DUMP = 0 };
 
 struct plugin_descriptor {
 	const char *name;

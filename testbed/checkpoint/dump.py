@@ -1,0 +1,145 @@
+"""One checkpoint of a running process tree: `criu dump`, held at the two moments where others have to act.
+
+    Dump(...)            CRIU starts (its start-up costs nothing: the program still runs)
+    wait_frozen()        the tree is frozen, no page copied: stop whatever writes into its memory
+    copy()               CRIU copies memory and state
+    wait_copied()        images complete, tree still frozen: carry them away, restore them elsewhere
+    commit()             CRIU kills the tree            — or —
+    roll_back()          CRIU resumes the tree, open TCP connections included; possible at every moment before `commit`
+
+Established TCP connections are locked by CRIU (nftables) from the copy on: no segment of the partner gets an answer, so
+none gets a reset. After a commit the lock stays, deliberately, until `network_lock.flush`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from testbed.checkpoint.hooks import Call, CriuFailed, Hooks, action_script, plugin_directory, reason
+
+COMMON_OPTIONS = (
+    "--tcp-established",
+    "--manage-cgroups=ignore",
+    "--file-locks",
+    "--ext-unix-sk",
+    "--no-default-config",
+    "--network-lock",
+    "nftables",
+    "-v3",
+)
+"""Options that dump and restore must agree on. Cgroups stay the host's: a virtual host is not one."""
+FREEZE_SECONDS = 30.0
+COPY_SECONDS = 300.0
+END_SECONDS = 60.0
+"""Bounds on CRIU's steps, generous: under CPU steal a dump that takes 0.1 s was seen to take 12 s."""
+
+
+def start(command: list[str], variables: dict[str, str], errors: Path) -> subprocess.Popen[bytes]:
+    """Start CRIU in a session of its own, what it prints in `errors`. Raises CriuFailed."""
+    try:
+        with errors.open("wb") as stream:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env={**os.environ, **variables, "LD_PRELOAD": ""},
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise CriuFailed(f"{command[0]} cannot be started: {error.strerror}") from error
+
+
+class Dump:
+    """A checkpoint in progress. `images` must be an existing, empty folder on a tmpfs; `work` holds log and socket."""
+
+    def __init__(self, criu: list[str], pid: int, images: Path, work: Path) -> None:
+        """Start dumping the tree below `pid`. Raises CriuFailed if CRIU cannot be started, BuildError."""
+        self.images = images
+        self.log = work / "dump.log"
+        self._hooks = Hooks(work / "dump.sock")
+        self._copied: Call | None = None
+        self._frozen: Call | None = None
+        self._ended = False
+        command = [
+            *criu,
+            "dump",
+            *("--tree", str(pid)),
+            *("--images-dir", str(images)),
+            *("--work-dir", str(work)),
+            *("--log-file", self.log.name),
+            *("--libdir", plugin_directory()),
+            *("--action-script", action_script()),
+            *COMMON_OPTIONS,
+        ]
+        try:
+            self.process = start(command, self._hooks.environment("post-dump"), work / "dump.err")
+        except CriuFailed:
+            self._hooks.close()
+            raise
+
+    def _wait(self, name: str, timeout: float) -> Call:
+        try:
+            return self._hooks.wait(name, self.process, timeout)
+        except CriuFailed as failure:
+            why = reason(self.log, str(failure))
+            self.roll_back()
+            raise CriuFailed(f"criu dump: {why}") from failure
+
+    def wait_freezing(self, timeout: float = FREEZE_SECONDS) -> float:
+        """time.monotonic() at which CRIU began to freeze the tree. Raises CriuFailed; then the tree runs on."""
+        return self._wait("pause", timeout).at
+
+    def wait_frozen(self, timeout: float = FREEZE_SECONDS) -> float:
+        """time.monotonic() at which the tree stood still. Raises CriuFailed; then the tree runs on."""
+        self._frozen = self._wait("checkpoint", timeout)
+        return self._frozen.at
+
+    def copy(self) -> None:
+        """Let CRIU copy memory and state. Returns at once."""
+        if self._frozen is not None:
+            self._frozen.answer(True)
+
+    def wait_copied(self, timeout: float = COPY_SECONDS) -> float:
+        """time.monotonic() at which the images were complete. Raises CriuFailed; then the tree runs on."""
+        self._copied = self._wait("post-dump", timeout)
+        return self._copied.at
+
+    def commit(self, timeout: float = END_SECONDS) -> None:
+        """Let CRIU kill the tree. Raises CriuFailed if CRIU did not end in order."""
+        if self._copied is None:
+            raise CriuFailed("the images are not complete; nothing to commit")
+        self._copied.answer(True)
+        code = self._end(timeout)
+        if code != 0:
+            raise CriuFailed(f"criu dump: {reason(self.log, f'ended with {code} after the program was to be killed')}")
+
+    def roll_back(self, timeout: float = END_SECONDS) -> None:
+        """Let CRIU resume the tree and end. Idempotent; after it nothing of the checkpoint holds the program."""
+        if self._ended:
+            return
+        for call in (self._frozen, self._copied):
+            if call is not None:
+                call.answer(False)
+        self._hooks.close()  # a hook that is still to come finds nobody, which is a "no"
+        self._end(timeout)
+
+    def _end(self, timeout: float) -> int:
+        """Exit status of CRIU. It is interrupted only after `timeout`: a killed CRIU would leave the tree traced."""
+        if self._ended:
+            return self.process.wait()
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            code = self.process.wait()
+        self._ended = True
+        self._hooks.close()
+        return code
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes in all images so far."""
+        return sum(entry.stat().st_size for entry in os.scandir(self.images) if entry.is_file())

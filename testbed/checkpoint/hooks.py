@@ -1,0 +1,149 @@
+"""The agent's end of CRIU's hooks: a Unix socket to which the plugin and the action script connect, report and wait.
+
+Both are C programs of `softroce_ext.native` (`criu_hook.c`, `criu_notify.c`, where the lines are described). A caller
+waits for one named call at a time; CRIU stays blocked until the call is answered, and takes the end of the agent (the
+kernel closes the socket) for a "no". So an agent that dies leaves no program frozen.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from softroce_ext.native import build
+
+ENVIRONMENT = "TESTBED_CRIU_SOCKET"
+STAGES = "TESTBED_CRIU_STAGES"
+MAX_SOCKET_PATH = 107
+"""Bytes of a Unix socket's path (unix(7), sun_path without its end)."""
+
+
+class CriuFailed(Exception):
+    """CRIU gave up, ended early or did not call in time. The text is for the user: CRIU's own reason if there is one."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One report of CRIU, possibly waiting for an answer."""
+
+    name: str
+    """"pause", "checkpoint" (the plugin) or an action script's stage, such as "post-dump"."""
+    pid: int
+    """Process that CRIU names, as this process numbers it; 0 if it names none."""
+    at: float
+    """time.monotonic() when it was read."""
+    _connection: socket.socket
+
+    def answer(self, go: bool) -> None:
+        """Let CRIU carry on, or refuse. A CRIU that is gone already is no error here: its exit status tells."""
+        try:
+            self._connection.sendall(b"go\n" if go else b"abort\n")
+        except OSError:
+            pass
+
+
+class Hooks:
+    """Listens at `path` from construction to `close`. Used by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            raise CriuFailed(f"the socket's path is longer than {MAX_SOCKET_PATH} bytes: {path}")
+        self.path = path
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen(8)
+        self._connections: dict[int, tuple[socket.socket, bytearray]] = {}
+        self._calls: list[Call] = []
+
+    def environment(self, *stages: str) -> dict[str, str]:
+        """Environment variables for CRIU: where to report, and at which action-script stages to wait."""
+        return {ENVIRONMENT: str(self.path), STAGES: ",".join(stages)}
+
+    def wait(self, name: str, process: subprocess.Popen[bytes], timeout: float) -> Call:
+        """The next call `name`. Raises CriuFailed if CRIU (`process`) ends first or `timeout` seconds pass."""
+        deadline = time.monotonic() + timeout
+        watch = os.pidfd_open(process.pid) if process.returncode is None else -1
+        try:
+            while True:
+                for index, call in enumerate(self._calls):
+                    if call.name == name:
+                        return self._calls.pop(index)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise CriuFailed(f"CRIU did not reach {name!r} within {timeout:g} s")
+                sources: list[int] = [self._listener.fileno(), *self._connections]
+                if watch >= 0:
+                    sources.append(watch)
+                ready = select.select(sources, [], [], left)[0]
+                self._take(ready)
+                if (watch < 0 or watch in ready) and not any(call.name == name for call in self._calls):
+                    raise CriuFailed(f"CRIU ended with {process.wait()} before {name!r}")
+        finally:
+            if watch >= 0:
+                os.close(watch)
+
+    def _take(self, ready: list[int]) -> None:
+        """Accept connections and cut what has arrived into calls."""
+        now = time.monotonic()
+        if self._listener.fileno() in ready:
+            connection, _ = self._listener.accept()
+            self._connections[connection.fileno()] = (connection, bytearray())
+            # What it has to say was usually sent along with the connection.
+            if select.select([connection], [], [], 0)[0]:
+                ready = [*ready, connection.fileno()]
+        for descriptor in ready:
+            if descriptor not in self._connections:
+                continue
+            connection, rest = self._connections[descriptor]
+            data = connection.recv(4096)
+            if not data:
+                del self._connections[descriptor]
+                connection.close()
+                continue
+            rest += data
+            while (end := rest.find(b"\n")) >= 0:
+                words = rest[:end].decode("ascii", "replace").split()
+                del rest[: end + 1]
+                if words and words[0] == "script":
+                    words = words[1:]
+                if words:
+                    pid = int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
+                    self._calls.append(Call(words[0], pid, now, connection))
+
+    def close(self) -> None:
+        """End listening and drop every connection: whoever still waits gets a "no"."""
+        for connection, _ in self._connections.values():
+            connection.close()
+        self._connections.clear()
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+
+_HARMLESS = ("rlimit: Can't setup RLIMIT_NOFILE", "Unable to detach from", "Dumping FAILED", "Restoring FAILED")
+"""What CRIU logs as an error although it is none, or is only the consequence of the one before."""
+
+
+def action_script() -> str:
+    """Path of the compiled action script. Raises BuildError."""
+    return str(build.path("criu_notify"))
+
+
+def plugin_directory() -> str:
+    """Folder that holds the compiled plugin and no other library. Raises BuildError."""
+    return str(build.path("criu_hook").parent)
+
+
+def reason(log: Path, fallback: str) -> str:
+    """The errors in a CRIU log, shortened to one line, or `fallback`."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return fallback
+    errors = [line.partition("Error ")[2] for line in lines if "Error (" in line]
+    told = [text.partition("): ")[2] or text for text in errors]
+    return "; ".join([text for text in told if not text.startswith(_HARMLESS)][:3]) or fallback
