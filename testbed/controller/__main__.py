@@ -1,0 +1,66 @@
+"""The controller's process: `python -m testbed.controller --fabric FILE --socket PATH [--framework auto|ryu|os-ken]`.
+
+Listens for switches on 127.0.0.1 at a port that the kernel chooses, prints one line `ready {"openflow_port": …}` on
+standard output when both sockets are there, and logs to standard error. Ends by SIGTERM; switches keep their flows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from testbed.controller import framework
+from testbed.controller.fabric import Fabric
+from testbed.errors import TestbedError
+
+
+def main() -> int:
+    """Run until killed. Exit code 3 if no framework is installed, 2 for a bad fabric file."""
+    options = argparse.ArgumentParser(prog="testbed.controller", description="OpenFlow controller of one run")
+    options.add_argument("--fabric", type=Path, required=True, help="JSON, see testbed.controller.fabric")
+    options.add_argument("--socket", type=Path, required=True, help="northbound interface: path of a Unix socket")
+    options.add_argument("--framework", choices=("auto", *framework.PACKAGES), default="auto")
+    arguments = options.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        fw = framework.load(framework.choose(arguments.framework))
+        fabric = Fabric.from_plain(json.loads(arguments.fabric.read_text()))
+    except TestbedError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    except (OSError, ValueError) as error:
+        print(f"{arguments.fabric}: {error}", file=sys.stderr)
+        return 2
+    run(fw, fabric, arguments.socket)
+    return 0
+
+
+def run(fw: Any, fabric: Fabric, path: Path) -> None:
+    """Start the framework with our application in it; returns when the framework ends."""
+    # Imported here, not above: importing them uses what the framework has just patched.
+    from testbed.controller import application, northbound
+
+    class LoopbackController(fw.controller.OpenFlowController):  # type: ignore[misc]
+        """The frameworks listen at a port number given beforehand; this one lets the kernel choose a free one."""
+
+        def server_loop(self, *_: Any) -> None:
+            server = fw.hub.StreamServer(("127.0.0.1", 0), fw.controller.datapath_connection_factory)
+            port = server.server.getsockname()[1]
+            print("ready", json.dumps({"openflow_port": port}), flush=True)
+            server.serve_forever()
+
+    fw.ofp_handler.OpenFlowController = LoopbackController
+    fw.cfg.CONF(args=[], project="testbed", default_config_files=[])
+    # Any number: it only keeps the framework from listening at its two well-known ports as well.
+    fw.cfg.CONF.set_override("ofp_tcp_listen_port", 1)
+    application.Reroute.fabric = fabric
+    application.Reroute.listener = northbound.listen(path)
+    fw.app_manager.AppManager.run_apps([application.__name__])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

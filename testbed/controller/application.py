@@ -1,0 +1,322 @@
+"""The OpenFlow 1.3 application: sends what `routes` decides, waits for barriers, answers ARP.
+
+Runs unchanged on Ryu and on os-ken. The framework delivers events on this application's own event thread; requests from
+the northbound socket arrive on threads of their own, take `self._one_at_a_time`, send, and sleep until the event thread
+has seen every barrier reply.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar, Final, TypeVar, cast
+
+from testbed.controller import framework, northbound
+from testbed.controller.arp import ArpFrame, reply_to
+from testbed.controller.fabric import Fabric
+from testbed.controller.routes import Change, RouteTable, Stage
+
+fw = framework.loaded()
+ofp, parser = fw.ofproto, fw.parser
+
+ARP_PRIORITY: Final = 0xA000
+"""Above every address's flows."""
+BARRIER_TIMEOUT: Final = 10.0
+"""Seconds. A switch confirms within milliseconds; on a machine whose cores are all taken it may be a second."""
+COOKIE: Final = 0x6D6967726F73
+"""Marks our flow entries ("migros")."""
+
+log = logging.getLogger("testbed.controller")
+
+Handler = TypeVar("Handler", bound=Callable[..., None])
+
+
+def on(event: Any, states: Any) -> Callable[[Handler], Handler]:
+    """The framework's decorator for event handlers, with a type."""
+    return cast("Callable[[Handler], Handler]", fw.handler.set_ev_cls(event, states))
+
+
+class Reroute(fw.App):  # type: ignore[misc, name-defined]
+    """One instance per process. `fabric` and `listener` are set by the launcher before the framework makes it."""
+
+    OFP_VERSIONS: ClassVar = [ofp.OFP_VERSION]
+    fabric: ClassVar[Fabric]
+    listener: ClassVar[Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.table = RouteTable(self.fabric)
+        self.datapaths: dict[str, Any] = {}
+        self.ports: dict[str, dict[int, str]] = {}
+        """Switch → OpenFlow port → interface, as the switch itself describes them."""
+        self.ready_at: float | None = None
+        """time.monotonic() at which all switches had confirmed the first paths."""
+        self.arp_answered = 0
+        self._names = {dpid: name for name, dpid in self.fabric.switches.items()}
+        self._one_at_a_time = threading.Lock()
+        self._waiting: dict[tuple[str, int], threading.Event] = {}
+        """(switch, xid) of a barrier request → set at its reply."""
+        self._confirmed: dict[tuple[str, int], float] = {}
+        self._refused: dict[str, str] = {}
+        """Switch → the last error message from it."""
+
+    def start(self) -> None:
+        super().start()
+        calls: dict[str, northbound.Call] = {
+            "status": self.status,
+            "topology": self.topology,
+            "path": self.path,
+            "prepare_move": self.prepare_move,
+            "move": self.move,
+            "undo_move": self.undo_move,
+            "add_address": self.add_address,
+        }
+        fw.hub.spawn(northbound.serve, self.listener, calls, fw.hub.spawn)
+
+    # -- from the switches
+
+    @on(fw.ofp_event.EventOFPStateChange, [fw.handler.MAIN_DISPATCHER, fw.handler.DEAD_DISPATCHER])
+    def on_state(self, event: Any) -> None:
+        """A switch has finished its handshake, or its connection has ended."""
+        datapath = event.datapath
+        name = self._names.get(datapath.id)
+        if name is None:
+            if datapath.id is not None:
+                log.warning("switch with datapath id %#x is none of ours", datapath.id)
+            return
+        if event.state == fw.handler.DEAD_DISPATCHER:
+            if self.datapaths.get(name) is datapath:
+                del self.datapaths[name]
+                log.warning("%s: connection lost; its flows stay", name)
+            return
+        known = name in self.ports
+        self.datapaths[name] = datapath
+        if not known:
+            # A bridge that this controller sees for the first time starts from nothing.
+            everything = parser.OFPMatch()
+            datapath.send_msg(self._flow_mod(datapath, ofp.OFPFC_DELETE, everything, 0, []))
+        arp = parser.OFPMatch(eth_type=0x0806)
+        to_controller = [parser.OFPActionOutput(ofp.OFPP_CONTROLLER, ofp.OFPCML_NO_BUFFER)]
+        datapath.send_msg(self._flow_mod(datapath, ofp.OFPFC_ADD, arp, ARP_PRIORITY, to_controller))
+        for flow in self.table.flows_of(name):
+            datapath.send_msg(self._message(datapath, Change("added", flow)))
+        datapath.send_msg(parser.OFPPortDescStatsRequest(datapath, 0))
+        log.info("%s: connected", name)
+
+    @on(fw.ofp_event.EventOFPPortDescStatsReply, fw.handler.MAIN_DISPATCHER)
+    def on_ports(self, event: Any) -> None:
+        """The ports that a switch has. Once all switches are there, the first paths go in."""
+        name = self._names[event.msg.datapath.id]
+        found = {port.port_no: port.name.decode(errors="replace").rstrip("\0") for port in event.msg.body}
+        self.ports[name] = {**self.ports.get(name, {}), **found}
+        if not self._missing() and self.ready_at is None:
+            fw.hub.spawn(self._install)
+
+    @on(fw.ofp_event.EventOFPPortStatus, fw.handler.MAIN_DISPATCHER)
+    def on_port_status(self, event: Any) -> None:
+        """A port has come or gone since."""
+        name, port = self._names[event.msg.datapath.id], event.msg.desc
+        if event.msg.reason == ofp.OFPPR_DELETE:
+            self.ports.get(name, {}).pop(port.port_no, None)
+        else:
+            self.ports.setdefault(name, {})[port.port_no] = port.name.decode(errors="replace").rstrip("\0")
+            if not self._missing() and self.ready_at is None:
+                fw.hub.spawn(self._install)
+
+    @on(fw.ofp_event.EventOFPBarrierReply, fw.handler.MAIN_DISPATCHER)
+    def on_barrier(self, event: Any) -> None:
+        """All that was sent to this switch before has been carried out."""
+        key = self._names[event.msg.datapath.id], event.msg.xid
+        if waiting := self._waiting.pop(key, None):
+            self._confirmed[key] = time.monotonic()
+            waiting.set()
+
+    @on(fw.ofp_event.EventOFPErrorMsg, [fw.handler.CONFIG_DISPATCHER, fw.handler.MAIN_DISPATCHER])
+    def on_error(self, event: Any) -> None:
+        """A switch has refused something; the barrier that follows tells the one who asked."""
+        name = self._names.get(event.msg.datapath.id, "?")
+        self._refused[name] = f"OpenFlow error type {event.msg.type}, code {event.msg.code}"
+        log.error("%s: %s", name, self._refused[name])
+
+    @on(fw.ofp_event.EventOFPPacketIn, fw.handler.MAIN_DISPATCHER)
+    def on_packet(self, event: Any) -> None:
+        """Only ARP comes here. Known addresses are answered from the table, the rest is dropped: nothing is flooded."""
+        message = event.msg
+        request = ArpFrame.parse(message.data)
+        if request is None or not request.is_request:
+            return
+        mac = self.table.mac_of(str(ipaddress.IPv4Address(request.target_ip)))
+        if mac is None or (answer := reply_to(request, mac)) is None:
+            return
+        datapath = message.datapath
+        datapath.send_msg(
+            parser.OFPPacketOut(
+                datapath=datapath,
+                buffer_id=ofp.OFP_NO_BUFFER,
+                in_port=ofp.OFPP_CONTROLLER,
+                actions=[parser.OFPActionOutput(message.match["in_port"])],
+                data=answer,
+            )
+        )
+        self.arp_answered += 1
+
+    # -- to the switches
+
+    def _flow_mod(self, datapath: Any, command: int, match: Any, priority: int, actions: list[Any]) -> Any:
+        deletes = command in (ofp.OFPFC_DELETE, ofp.OFPFC_DELETE_STRICT)
+        apply = [] if deletes else [parser.OFPInstructionActions(ofp.OFPIT_APPLY_ACTIONS, actions)]
+        return parser.OFPFlowMod(
+            datapath=datapath,
+            cookie=0 if deletes else COOKIE,
+            command=command,
+            priority=priority,
+            match=match,
+            instructions=apply,
+            out_port=ofp.OFPP_ANY,
+            out_group=ofp.OFPG_ANY,
+        )
+
+    def _message(self, datapath: Any, change: Change) -> Any:
+        flow = change.flow
+        match = parser.OFPMatch(eth_type=0x0800, ipv4_dst=flow.address)
+        actions = [parser.OFPActionSetField(eth_dst=flow.eth_dst)] if flow.eth_dst else []
+        actions.append(parser.OFPActionOutput(flow.out_port))
+        command = ofp.OFPFC_ADD if change.action == "added" else ofp.OFPFC_DELETE_STRICT
+        return self._flow_mod(datapath, command, match, flow.priority, actions)
+
+    def _carry_out(self, stages: list[Stage]) -> list[dict[str, Any]]:
+        """Each stage to its switches, then a barrier to each, then the next stage. Returns the changes with times.
+
+        Raises Unready if a switch is not connected, refuses, or does not confirm in time.
+        """
+        done: list[dict[str, Any]] = []
+        for stage in stages:
+            waiting: dict[str, tuple[int, threading.Event]] = {}
+            switches = sorted({change.flow.switch for change in stage})
+            for switch in switches:
+                datapath = self.datapaths.get(switch)
+                if datapath is None:
+                    raise northbound.Unready(f"{switch} is not connected")
+                self._refused.pop(switch, None)
+                for change in stage:
+                    if change.flow.switch == switch:
+                        datapath.send_msg(self._message(datapath, change))
+                barrier = parser.OFPBarrierRequest(datapath)
+                datapath.set_xid(barrier)
+                event = self._waiting[switch, barrier.xid] = threading.Event()
+                waiting[switch] = barrier.xid, event
+                datapath.send_msg(barrier)
+            deadline = time.monotonic() + BARRIER_TIMEOUT
+            for switch, (xid, event) in waiting.items():
+                if not event.wait(max(0.0, deadline - time.monotonic())):
+                    self._waiting.pop((switch, xid), None)
+                    raise northbound.Unready(f"{switch} did not confirm within {BARRIER_TIMEOUT:g} s")
+                at = self._confirmed.pop((switch, xid))
+                if switch in self._refused:
+                    raise northbound.Unready(f"{switch} refused: {self._refused[switch]}")
+                changes = [change for change in stage if change.flow.switch == switch]
+                self.table.confirm(changes)
+                done += [{"action": change.action, **change.flow.to_plain(), "t": at} for change in changes]
+        return done
+
+    def _install(self) -> None:
+        with self._one_at_a_time:
+            if self.ready_at is not None:
+                return
+            try:
+                self._carry_out([self.table.install()])
+            except northbound.Unready as error:
+                log.error("first paths: %s", error)
+                return
+            self.ready_at = time.monotonic()
+            log.info("all %d switches connected, paths installed", len(self.fabric.switches))
+
+    def _missing(self) -> list[str]:
+        """What the fabric promises and no switch has announced."""
+        missing = [f"switch {name}" for name in self.fabric.switches if name not in self.datapaths]
+        for name, ports in self.ports.items():
+            for port, interface in self.fabric.expected_ports(name).items():
+                if port not in ports:
+                    missing.append(f"port {port} of {name}")
+                elif interface and ports[port] != interface[:15]:
+                    missing.append(f"port {port} of {name} ({ports[port]} instead of {interface})")
+        return missing
+
+    def _require_ready(self) -> None:
+        if self.ready_at is None:
+            raise northbound.Unready(f"not ready: {', '.join(self._missing()) or 'first paths not confirmed yet'}")
+
+    # -- northbound calls (docs/controller.md); parameter names are part of the interface
+
+    def status(self) -> dict[str, Any]:
+        """What is connected, what is missing."""
+        return {
+            "framework": framework.version(fw.kind),
+            "ready": self.ready_at is not None,
+            "ready_at": self.ready_at,
+            "switches": {name: name in self.datapaths for name in self.fabric.switches},
+            "missing": self._missing(),
+            "flows": sum(len(flows) for flows in self.table.installed.values()),
+            "arp_answered": self.arp_answered,
+        }
+
+    def topology(self) -> dict[str, Any]:
+        """The fabric, with the addresses where they are now."""
+        hosts = {
+            name: {
+                "addresses": sorted(ip for ip, host in self.table.owner.items() if host == name),
+                "mac": host.mac,
+                "switch": host.switch,
+                "port": host.port,
+            }
+            for name, host in self.fabric.hosts.items()
+        }
+        links = [[t.a, t.a_port, t.b, t.b_port] for t in self.fabric.trunks]
+        return {"hosts": hosts, "switches": dict(self.fabric.switches), "links": links, "ports": self.ports}
+
+    def path(self, from_host: str, ip: str) -> dict[str, Any]:
+        """Names on the way of a packet for `ip`, `from_host` and the receiving host included."""
+        return {"path": self.table.path(from_host, ip)}
+
+    def prepare_move(self, ip: str, to_host: str) -> dict[str, Any]:
+        """Put the new flows beneath the old ones; no packet takes another way yet."""
+        self._require_ready()
+        with self._one_at_a_time:
+            flows = self._carry_out(self.table.prepare(ip, to_host))
+        return {"prepared_at": time.monotonic(), "flows": flows}
+
+    def move(self, ip: str, to_host: str) -> dict[str, Any]:
+        """Let packets for `ip` go to `to_host`; prepares first if that has not been done."""
+        self._require_ready()
+        with self._one_at_a_time:
+            return self._move(ip, to_host)
+
+    def undo_move(self, ip: str) -> dict[str, Any]:
+        """Before `move`: take the preparation back. After it: back to the host that had the address before."""
+        self._require_ready()
+        with self._one_at_a_time:
+            if self.table.prepared.get(ip) is not None:
+                # The move may have stopped half way: what has been moved goes back, what waits is withdrawn.
+                return self._move(ip, self.table.owner[ip])
+            if ip in self.table.previous:
+                return self._move(ip, self.table.previous[ip])
+        return {"confirmed_at": time.monotonic(), "flows": []}
+
+    def add_address(self, ip: str, host: str) -> dict[str, Any]:
+        """A further address at `host`: paths to it and ARP answers for it."""
+        self._require_ready()
+        with self._one_at_a_time:
+            flows = self._carry_out(self.table.announce(ip, host))
+        return {"confirmed_at": time.monotonic(), "flows": flows}
+
+    def _move(self, ip: str, to_host: str) -> dict[str, Any]:
+        begun = time.monotonic()
+        flows = []
+        if self.table.prepared.get(ip) != to_host:
+            flows += self._carry_out(self.table.prepare(ip, to_host))
+        flows += self._carry_out(self.table.move(ip, to_host))
+        self.table.moved(ip, to_host)
+        return {"begun_at": begun, "confirmed_at": time.monotonic(), "flows": flows}

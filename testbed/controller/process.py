@@ -1,0 +1,107 @@
+"""Start and stop the controller's process from the harness."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from testbed.controller.fabric import Fabric
+from testbed.errors import EnvironmentProblem, RunFailed
+from testbed.state import RunState
+
+START_TIMEOUT: Final = 60.0
+"""Seconds. Importing Ryu takes one; a machine with all cores taken is given time."""
+STOP_TIMEOUT: Final = 5.0
+
+
+class ControllerProcess:
+    """One controller. `start` returns when it listens; `openflow_port` and `socket` say where."""
+
+    def __init__(self, fabric: Fabric, state: RunState, log: Path, framework: str = "auto") -> None:
+        self.fabric = fabric
+        self.state = state
+        self.log = log
+        self.framework = framework
+        self.socket = state.directory / "controller.sock"
+        """Northbound; mode 0600, gone with the run."""
+        self.openflow_port = 0
+        """TCP on 127.0.0.1, chosen by the kernel."""
+        self._process: subprocess.Popen[str] | None = None
+        self._token = ""
+
+    def start(self) -> None:
+        """`launch`, then `wait`."""
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Start the process; importing its framework takes a second in which the caller can do other things."""
+        file = self.state.directory / "fabric.json"
+        file.write_text(json.dumps(self.fabric.to_plain()))
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "testbed.controller", "--fabric", str(file), "--socket", str(self.socket)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--framework", self.framework],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the harness, which then ends the controller last
+                env={**os.environ, "PYTHONPATH": _python_path()},
+            )
+        self._token = self.state.record("process", pid=self._process.pid, role="controller")
+
+    def wait(self) -> None:
+        """Until it listens. Raises EnvironmentProblem if no framework is installed, RunFailed otherwise."""
+        assert self._process is not None and self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT)
+        line = self._process.stdout.readline() if ready else ""
+        if not line.startswith("ready "):
+            self._fail(silent=not ready)
+        self.openflow_port = int(json.loads(line.removeprefix("ready "))["openflow_port"])
+
+    def _fail(self, silent: bool) -> None:
+        process = self._process
+        assert process is not None
+        if silent:
+            self.stop()
+            raise RunFailed(f"did not start within {START_TIMEOUT:g} s", where="controller", hint=f"see {self.log}")
+        code = process.wait()
+        last = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        self.stop()
+        if code == 3:
+            raise EnvironmentProblem(last[0].strip(), where="controller", hint=f"see {self.log}")
+        raise RunFailed(f"ended with code {code}: {last[0]}", where="controller", hint=f"see {self.log}")
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """End it. Switches keep their flows. Can be called again, and after a failed start."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._process = None
+        self.state.forget(self._token)
+        self.socket.unlink(missing_ok=True)
+
+
+def _python_path() -> str:
+    """So that the child finds this package from any folder, installed or not."""
+    here = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,0 +1,115 @@
+"""Commands on this machine with their errors said plainly, and what this machine can do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from testbed.errors import EnvironmentProblem
+
+NEEDED: Final = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "ethtool": "ethtool",
+    "ovs-vsctl": "openvswitch-switch",
+    "mnexec": "mininet",
+    "sshd": "openssh-server",
+    "ssh-keygen": "openssh-client",
+}
+"""Program → Debian package."""
+TIMEOUT: Final = 60.0
+"""Seconds for any one command."""
+
+
+class CommandFailed(EnvironmentProblem):
+    """A command of the operating system said no. `stderr` is what it said."""
+
+    def __init__(self, argv: Sequence[str], stderr: str, hint: str | None = None) -> None:
+        self.argv = list(argv)
+        self.stderr = stderr.strip()
+        super().__init__(f"`{' '.join(argv)}` failed: {self.stderr or 'no message'}", where="network", hint=hint)
+
+
+def command(*argv: str, stdin: str | None = None, pid: int | None = None, timeout: float = TIMEOUT) -> str:
+    """Run it, in the namespaces (network, mount) of process `pid` if given; gives its standard output.
+
+    Raises CommandFailed with what it wrote to standard error.
+    """
+    full = [*(["mnexec", "-a", str(pid)] if pid is not None else []), *argv]
+    try:
+        done = subprocess.run(full, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+    except FileNotFoundError as error:
+        package = NEEDED.get(full[0])
+        raise CommandFailed(full, "not found", f"apt install {package}" if package else None) from error
+    except subprocess.TimeoutExpired as error:
+        raise CommandFailed(full, f"no answer within {timeout:g} s") from error
+    if done.returncode != 0:
+        raise CommandFailed(full, done.stderr or done.stdout)
+    return done.stdout
+
+
+def ip_batch(lines: Sequence[str], pid: int | None = None) -> None:
+    """Several `ip` commands in one process. Raises CommandFailed naming the line."""
+    if lines:
+        command("ip", "-batch", "-", stdin="\n".join(lines) + "\n", pid=pid)
+
+
+def check() -> None:
+    """Everything that a network needs is here. Raises EnvironmentProblem, naming all that is missing at once."""
+    if os.geteuid() != 0:
+        raise EnvironmentProblem("not root", where="network", hint="network namespaces need root: sudo")
+    missing = {program: package for program, package in NEEDED.items() if program_path(program) is None}
+    if missing:
+        packages = " ".join(sorted(set(missing.values())))
+        raise EnvironmentProblem(
+            f"missing: {', '.join(missing)}", where="network", hint=f"./bootstrap, or apt install {packages}"
+        )
+    try:
+        command("ovs-vsctl", "--timeout=5", "show")
+    except CommandFailed as error:
+        raise EnvironmentProblem(
+            f"Open vSwitch does not answer: {error.stderr}",
+            where="network",
+            hint="./bootstrap starts it; by hand: systemctl start openvswitch-switch, or "
+            "/usr/share/openvswitch/scripts/ovs-ctl start --system-id=random",
+        ) from error
+
+
+def program_path(name: str) -> str | None:
+    """Where a program is; the superuser's folders are searched even if PATH lacks them."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
+
+
+def kernel_datapath() -> tuple[bool, str]:
+    """Whether Open vSwitch can forward in the kernel here, and if not, why."""
+    try:
+        command("ovs-dpctl", "dump-dps", timeout=10)
+    except CommandFailed as error:
+        absent = "does not exist" in error.stderr or "No such file" in error.stderr
+        return False, "the kernel has no openvswitch module loaded" if absent else error.stderr.splitlines()[-1]
+    return True, ""
+
+
+def ovs_version() -> str:
+    """`3.1.0`."""
+    return command("ovs-vsctl", "--version").split("\n", 1)[0].rsplit(" ", 1)[-1]
+
+
+def read_sysctl(name: str) -> str:
+    return _sysctl(name).read_text().strip()
+
+
+def write_sysctl(name: str, value: str) -> None:
+    """Raises EnvironmentProblem if the kernel refuses."""
+    try:
+        _sysctl(name).write_text(value)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot set {name} to {value}: {error}", where="network") from error
+
+
+def _sysctl(name: str) -> Path:
+    return Path("/proc/sys") / name.replace(".", "/")

@@ -1,0 +1,145 @@
+"""SSH into the virtual hosts: keys of this run, one server per host, bound to its management address.
+
+Nothing of the user's or the machine's SSH is read or written: keys, configuration and authorized keys are files of the
+run, known hosts are handed over as a key, not through `~/.ssh`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from testbed.errors import RunFailed
+from testbed.network.machine import command, program_path
+from testbed.state import RUN_VARIABLE, RunState
+
+PORT: Final = 22
+"""In a network namespace of its own, so nobody else's."""
+START_TIMEOUT: Final = 30.0
+STOP_TIMEOUT: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How to get into any host of this run."""
+
+    user: str
+    key: Path
+    """Private key (ed25519, OpenSSH format), readable by root only, gone with the run."""
+    host_key: str
+    """The servers' public key as one line `ssh-ed25519 AAAA…`: what the client must insist on."""
+    port: int = PORT
+
+
+def make_keys(directory: Path) -> Access:
+    """A key pair for the servers and one for the harness, in `directory` (made, mode 0700)."""
+    directory.mkdir(mode=0o700)
+    for name in ("host_key", "user_key"):
+        command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "migros-testbed", "-f", str(directory / name))
+    (directory / "authorized_keys").write_text((directory / "user_key.pub").read_text())
+    public = " ".join((directory / "host_key.pub").read_text().split()[:2])
+    return Access("root", directory / "user_key", public)
+
+
+def configuration(directory: Path, address: str, run_id: str) -> str:
+    """sshd_config of one host."""
+    return "\n".join(
+        [
+            f"ListenAddress {address}:{PORT}",
+            f"HostKey {directory}/host_key",
+            f"AuthorizedKeysFile {directory}/authorized_keys",
+            "AuthenticationMethods publickey",
+            "PermitRootLogin prohibit-password",
+            "StrictModes yes",
+            # PAM's session modules want a machine's services; only an account locked in /etc/shadow needs it.
+            f"UsePAM {'yes' if _root_is_locked() else 'no'}",
+            "UseDNS no",
+            "PrintMotd no",
+            "PrintLastLog no",
+            "X11Forwarding no",
+            "AllowTcpForwarding no",
+            "MaxSessions 100",
+            "MaxStartups 100",
+            "PidFile none",
+            "LogLevel INFO",
+            # A session starts with an empty environment; the mark tells `testbed clean` whose processes these are.
+            f"SetEnv {RUN_VARIABLE}={run_id}",
+            "Subsystem sftp internal-sftp",
+            "",
+        ]
+    )
+
+
+def _root_is_locked() -> bool:
+    """sshd without PAM refuses an account whose password begins with an exclamation mark (Ubuntu's root)."""
+    try:
+        lines = Path("/etc/shadow").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("root:!") for line in lines)
+
+
+class Server:
+    """One sshd in the foreground, in the namespaces of one host."""
+
+    def __init__(self, host: str, pid: int, address: str, directory: Path, state: RunState, log: Path) -> None:
+        self.host = host
+        self.pid = pid
+        self.address = address
+        self.directory = directory
+        self.state = state
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._token = ""
+
+    def start(self) -> None:
+        """Start it; `wait` then waits until it listens."""
+        file = self.directory / f"sshd_config-{self.host}"
+        file.write_text(configuration(self.directory, self.address, self.state.run_id))
+        # sshd wants to be called by its full path, since it calls itself again for each connection.
+        sshd = program_path("sshd") or "/usr/sbin/sshd"
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                ["mnexec", "-a", str(self.pid), sshd, "-D", "-e", "-f", str(file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._token = self.state.record("process", pid=self._process.pid, role="sshd", host=self.host)
+
+    def wait(self) -> None:
+        """Until a connection is accepted. Raises RunFailed if sshd has ended or stays deaf."""
+        assert self._process is not None
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self._listens():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                last = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
+                raise RunFailed(f"sshd does not run: {last[0]}", where=f"host {self.host}", hint=f"see {self.log}")
+            time.sleep(0.01)
+
+    def _listens(self) -> bool:
+        """By the kernel's table of this host's sockets: a connection would leave a line in the log for each attempt."""
+        port = f":{PORT:04X}"
+        for line in Path(f"/proc/{self.pid}/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[1].endswith(port) and fields[3] == "0A":
+                return True
+        return False
+
+    def stop(self) -> None:
+        """End the listener; sessions end with the host. Can be called again."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+        self.state.forget(self._token)
