@@ -1,0 +1,47 @@
+"""The documents agree with the code: generated files are up to date, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def test_state_diagram_is_the_table() -> None:
+    """If this fails: `PYTHONPATH=. python docs/make_state_diagrams.py`."""
+    spec = importlib.util.spec_from_file_location("make_state_diagrams", ROOT / "docs" / "make_state_diagrams.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "qp-states.md").read_text() == module.document()
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub makes of a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = document.parent / file if file else document
+        assert path.exists(), f"{document.name}: {target}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(document: Path) -> None:
+    """`softroce_ext/…`, `testbed/…` and so on in backquotes are paths in this repository."""
+    pattern = r"`((?:softroce_ext|testbed|topologies|experiments|benchmarks|tests|docs)/[\w./-]+)`"
+    missing = [name for name in re.findall(pattern, document.read_text()) if not (ROOT / name).exists()]
+    assert missing == []
