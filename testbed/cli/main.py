@@ -1,0 +1,42 @@
+"""The list of verbs, and typer's own errors in our words and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+import typer
+
+from testbed.cli import clean, doctor, run, schema, status, validate
+from testbed.errors import BadInput, Exit
+
+USAGE_ERROR: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
+"""UsageError of click, or of the copy of click in newer typers; typer itself exports only its subclass."""
+
+_app = typer.Typer(
+    name="testbed",
+    help="Move running RDMA programs between virtual hosts: transparent live migration on one machine.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _verb in (run.run, validate.validate, doctor.doctor, status.status, clean.clean, schema.schema):
+    _app.command()(_verb)
+
+
+def app() -> Any:
+    """Run the command line; the exit code. Errors: BadInput for a wrong option, and what the verbs raise."""
+    if len(sys.argv) == 1:
+        _app(["--help"], standalone_mode=False)
+        return Exit.BAD_INPUT
+    try:
+        return _app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        command = str(context.command_path).replace("python -m ", "") if context is not None else "testbed"
+        message = getattr(error, "format_message", error.__str__)()
+        raise BadInput(
+            message, where=command.removeprefix("testbed").strip() or None, hint=f"{command} --help"
+        ) from error
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
