@@ -104,6 +104,9 @@ class App(Record):
     duration_s: float | None = None
     longest_gap_ms: float | None = Field(None, description="longest time between two completions")
     logs: dict[str, str] = Field(default_factory=dict, description="stream → path relative to the run folder")
+    measured: list[dict[str, float]] = Field(
+        default_factory=list, description="numbers that a known program printed, one entry per row of its table"
+    )
     tail: list[str] = Field(default_factory=list, description="last lines of its output, as the topology's report.tail")
 
 
