@@ -1,4 +1,4 @@
-"""The first of CRIU's images, inventory.img, and the one thing in it that differs between the two ends of a move.
+"""The first of CRIU's images, inventory.img: what a move has to read in it and the one thing it has to change.
 
 At the source CRIU locks established TCP connections with a netfilter table and notes that in the inventory. At the
 destination there is nothing to unlock, yet `criu restore` would look for that table in the destination's namespace for
@@ -11,12 +11,18 @@ Layout, as CRIU's image documentation gives it: a magic number (u32), then the s
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 _HEADER = struct.Struct("<II")
 _NETWORK_LOCK_METHOD = 11
 """Number of the field in inventory.proto, a varint."""
+_DUMP_RUN_ID = 13
+"""Number of the field that holds CRIU's name for the dump, a string; its netfilter table is "inet CRIU-<run id>"."""
 _SKIP = 2
 """NETWORK_LOCK_SKIP."""
+_VARINT, _BYTES = 0, 2
+_FIXED = {1: 8, 5: 4}
+"""Wire types of protobuf; the fixed ones with their sizes."""
 
 
 class BadImage(Exception):
@@ -25,31 +31,45 @@ class BadImage(Exception):
 
 def nothing_locked(image: bytes) -> bytes:
     """The inventory with its network lock method set to "skip"; unchanged if it has none. Raises BadImage."""
+    result = bytearray(image)
+    for field, kind, start, end in _fields(image):
+        if field == _NETWORK_LOCK_METHOD and kind == _VARINT and end == start + 1:
+            result[start] = _SKIP
+    return bytes(result)
+
+
+def lock_table(image: bytes) -> str | None:
+    """CRIU's netfilter table of this dump, "inet CRIU-…"; None if the inventory does not name it. Raises BadImage."""
+    for field, kind, start, end in _fields(image):
+        if field == _DUMP_RUN_ID and kind == _BYTES:
+            # CRIU cuts the name off at 31 characters (nftables_get_table's buffer).
+            return f"inet CRIU-{image[start:end].decode('ascii', 'replace')}"[:31]
+    return None
+
+
+def _fields(image: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Every field of the message: number, wire type, first byte of its value, byte after it. Raises BadImage."""
     if len(image) < _HEADER.size:
         raise BadImage(f"inventory.img has only {len(image)} bytes")
     size = _HEADER.unpack_from(image)[1]
-    if _HEADER.size + size > len(image):
-        raise BadImage(f"inventory.img is cut off: {len(image)} bytes, its message alone has {size}")
-    result = bytearray(image)
     at, end = _HEADER.size, _HEADER.size + size
+    if end > len(image):
+        raise BadImage(f"inventory.img is cut off: {len(image)} bytes, its message alone has {size}")
     while at < end:
         key, at = _varint(image, at, end)
-        field, kind = key >> 3, key & 7
-        if kind == 0:
-            start = at
-            _, at = _varint(image, at, end)
-            if field == _NETWORK_LOCK_METHOD and at == start + 1:
-                result[start] = _SKIP
-        elif kind == 2:
-            length, at = _varint(image, at, end)
-            at += length
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
+        kind = key & 7
+        if kind == _VARINT:
+            start, (_, at) = at, _varint(image, at, end)
+        elif kind == _BYTES:
+            length, start = _varint(image, at, end)
+            at = start + length
+        elif kind in _FIXED:
+            start, at = at, at + _FIXED[kind]
         else:
             raise BadImage(f"inventory.img holds an unknown kind of field ({kind}) at byte {at}")
-    if at != end:
-        raise BadImage("the fields of inventory.img do not end where its message does")
-    return bytes(result)
+        if at > end:
+            raise BadImage("the fields of inventory.img do not end where its message does")
+        yield key >> 3, kind, start, at
 
 
 def _varint(image: bytes, at: int, end: int) -> tuple[int, int]:

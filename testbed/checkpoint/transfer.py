@@ -2,7 +2,8 @@
 folder. The bytes cross the emulated data network, so that their time is the topology's.
 
     sender                                             receiver
-    {"token", "entries", "bytes"}\\n                →   wrong token: closed without a word
+    {"token"}\\n                                    →   wrong token: closed without a word
+    {"entries", "bytes"}\\n                        →
     for each entry:
       {"name", "kind", "mode", "uid", "gid", "size", "target"}\\n
       size bytes, CRC-32 (u32 little-endian)         →   written below the folder that the name's first part stands for
@@ -65,7 +66,7 @@ class Received:
     kept: dict[str, bytes] = field(default_factory=dict)
     """Files that the receiver wanted in memory instead, by name."""
     began: float = 0.0
-    """time.monotonic() at which the sender's connection came."""
+    """time.monotonic() at which the first of it came."""
 
 
 def below(folder: Path, label: str) -> list[Entry]:
@@ -83,33 +84,47 @@ def below(folder: Path, label: str) -> list[Entry]:
     return entries
 
 
-def send(entries: Iterable[Entry], address: str, port: int, token: str, source: str | None = None) -> int:
-    """Send the entries; returns the bytes of content once the receiver has stored them all. Raises TransferFailed.
+class Sender:
+    """A connection to a waiting `Receiver`, made ahead of time: nothing is left to be set up in the blackout."""
 
-    `source`: own address to send from, so that the path is the one meant.
-    """
-    listed = list(entries)
-    heads = [_describe(entry) for entry in listed]
-    try:
-        connection = socket.create_connection(
-            (address, port), CONNECT_SECONDS, source_address=(source, 0) if source else None
-        )
-    except OSError as error:
-        raise TransferFailed(f"the destination at {address}:{port} cannot be reached: {error.strerror or error}") from error
-    with connection:
-        connection.settimeout(STALL_SECONDS)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        total = sum(head["size"] for head in heads)
+    def __init__(self, address: str, port: int, token: str, source: str | None = None) -> None:
+        """Connect, from the own address `source` so that the path is the one meant. Raises TransferFailed."""
         try:
-            _send_line(connection, {"token": token, "entries": len(heads), "bytes": total})
-            for entry, head in zip(listed, heads, strict=True):
-                _send_entry(connection, entry, head)
+            self._connection = socket.create_connection(
+                (address, port), CONNECT_SECONDS, source_address=(source, 0) if source else None
+            )
         except OSError as error:
-            raise TransferFailed(_told(connection) or f"the destination broke off: {error.strerror or error}") from error
-        told = _told(connection)
-        if told is not None:
-            raise TransferFailed(told)
-        return int(total)
+            why = error.strerror or error
+            raise TransferFailed(f"the destination at {address}:{port} cannot be reached: {why}") from error
+        self._connection.settimeout(STALL_SECONDS)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            self._connection.sendall(json.dumps({"token": token}).encode() + b"\n")
+        except OSError as error:
+            self.close()
+            raise TransferFailed(f"the destination broke off: {error.strerror or error}") from error
+
+    def send(self, entries: Iterable[Entry]) -> int:
+        """Send the entries; returns the bytes of content once the receiver has stored them all. Raises TransferFailed."""
+        listed = list(entries)
+        heads = [_describe(entry) for entry in listed]
+        total = sum(int(head["size"]) for head in heads)
+        with self._connection as connection:
+            try:
+                _send_line(connection, {"entries": len(heads), "bytes": total})
+                for entry, head in zip(listed, heads, strict=True):
+                    _send_entry(connection, entry, head)
+            except OSError as error:
+                why = _told(connection) or f"the destination broke off: {error.strerror or error}"
+                raise TransferFailed(why) from error
+            told = _told(connection)
+            if told is not None:
+                raise TransferFailed(told)
+        return total
+
+    def close(self) -> None:
+        """Break off; the receiver's `receive` fails. Idempotent."""
+        self._connection.close()
 
 
 def _describe(entry: Entry) -> dict[str, Any]:
@@ -173,12 +188,18 @@ class Receiver:
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
         self._wake_read, self._wake_write = os.pipe()
+        self._connection: socket.socket | None = None
 
     def close(self) -> None:
         """End listening; a `receive` that waits ends with TransferFailed. Idempotent."""
         if self._wake_write >= 0:
             os.close(self._wake_write)
             self._wake_write = -1
+        if self._connection is not None:
+            try:
+                self._connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # ended by itself
 
     def receive(self, folders: dict[str, Path], keep: Iterable[str] = (), timeout: float = 600.0) -> Received:
         """Wait for the sender and store what it sends. Raises TransferFailed, after telling the sender why.
@@ -187,9 +208,12 @@ class Receiver:
         instead of stored.
         """
         try:
-            connection, head, rest = self._accept(timeout)
+            connection, stream = self._accept(timeout)
+            self._connection = connection
             with connection:
-                stream = _Stream(connection, rest)
+                connection.settimeout(timeout)  # the sender has connected ahead of time
+                head = stream.line()
+                connection.settimeout(STALL_SECONDS)
                 received = Received(began=time.monotonic())
                 try:
                     for _ in range(int(head["entries"])):
@@ -206,7 +230,7 @@ class Receiver:
             os.close(self._wake_read)
             self._wake_read = -1
 
-    def _accept(self, timeout: float) -> tuple[socket.socket, dict[str, Any], bytes]:
+    def _accept(self, timeout: float) -> tuple[socket.socket, _Stream]:
         deadline = time.monotonic() + timeout
         while True:
             left = max(0.0, deadline - time.monotonic())
@@ -219,9 +243,8 @@ class Receiver:
             connection.settimeout(STALL_SECONDS)
             stream = _Stream(connection)
             try:
-                head = stream.line()
-                if secrets.compare_digest(str(head.get("token")), self.token):
-                    return connection, head, stream.rest()
+                if secrets.compare_digest(str(stream.line().get("token")), self.token):
+                    return connection, stream
             except (OSError, TransferFailed):
                 pass
             connection.close()  # a stranger
@@ -230,22 +253,17 @@ class Receiver:
 class _Stream:
     """Lines and blocks from a socket."""
 
-    def __init__(self, connection: socket.socket, start: bytes = b"") -> None:
+    def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._buffer = bytearray(_CHUNK)
         self._view = memoryview(self._buffer)
-        self._view[: len(start)] = start
-        self._from, self._to = 0, len(start)
-
-    def rest(self) -> bytes:
-        """What was read too far."""
-        return bytes(self._view[self._from : self._to])
+        self._from = self._to = 0
 
     def _fill(self) -> None:
         if self._from == self._to:
             self._from = self._to = 0
         elif self._to == _CHUNK:
-            kept = self.rest()
+            kept = bytes(self._view[self._from : self._to])
             self._view[: len(kept)] = kept
             self._from, self._to = 0, len(kept)
         try:
