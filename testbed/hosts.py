@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import os
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,12 +20,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from testbed.agent.channel import ChannelClosed, LineReader, encode
 from testbed.errors import BadInput, EnvironmentProblem, RunFailed, TestbedError
+from testbed.state import RUN_VARIABLE
 
 if TYPE_CHECKING:
     import paramiko
 
+    from testbed.network import VirtualHost
+
 EventListener = Callable[[str, Mapping[str, Any]], None]
 """Called with the host's name and the event (as the agent sent it, `event` and `t` included)."""
+
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "TESTBED_CRIU", "CC")
+"""Variables of the harness that the agents of virtual hosts need too; an SSH session begins with almost none."""
 
 _BLAME: dict[str, type[TestbedError]] = {"input": BadInput, "environment": EnvironmentProblem, "run": RunFailed}
 
@@ -70,6 +78,23 @@ class Address:
     """Variables for the agent and all that it starts (the run's mark)."""
     sudo: bool = False
     """Start the agent through `sudo -n` (a real machine where `user` is not root)."""
+
+    @classmethod
+    def of_virtual(cls, host: VirtualHost, run_id: str) -> Address:
+        """A Mininet host of this machine: same interpreter, same source, the run's key and mark."""
+        passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        return cls(
+            name=host.name,
+            address=host.mgmt_ip,
+            port=host.access.port,
+            user=host.access.user,
+            interface=host.interface,
+            key_file=host.access.key,
+            host_key=host.access.host_key,
+            python=sys.executable,
+            source=str(Path(__file__).resolve().parent.parent),
+            environment={**passed, RUN_VARIABLE: run_id, "PYTHONUNBUFFERED": "1"},
+        )
 
     def command(self) -> str:
         """The shell command that becomes the agent."""
@@ -222,11 +247,12 @@ class Host:
             raise EnvironmentProblem(
                 f"the agent did not start: {reason}",
                 where=self.name,
-                hint=self._transport.complaints() or "try the command by hand: python -m testbed.agent --help",
+                hint=self._transport.complaints().strip() or "try the command by hand: python -m testbed.agent --help",
             )
 
     def call(self, op: str, *, timeout: float | None = 60.0, **arguments: Any) -> dict[str, Any]:
-        """Ask the agent for operation `op` and wait for its result.
+        """Ask the agent for operation `op` and wait for its result. (`timeout` is how long to wait here; no operation
+        has an argument of that name.)
 
         Raises BadInput, EnvironmentProblem or RunFailed as the agent lays the blame; RunFailed when the agent has gone
         or `timeout` seconds have passed (None: wait for ever).

@@ -6,7 +6,9 @@
  * Three processes come of it:
  *
  *   launcher   the process that was started. Stays outside: prints "init PID\n" (PID as the caller sees it), closes
- *              its streams, waits for init and passes its exit status on. It is not part of the checkpoint.
+ *              its output, waits for init and passes its exit status on. It is not part of the checkpoint. If its
+ *              standard input is a pipe, that is a lifeline: at its end of file, which comes however the holder
+ *              dies, init is killed, and with it the namespace. (PR_SET_PDEATHSIG would follow the thread that forked.)
  *   init       pid 1 of the new namespace and root of the dumped tree: own session, no descriptor but 0, 1, 2
  *              (/dev/null, DIR/stdout, DIR/stderr, both append-only, so that a restored tree goes on at the end),
  *              no terminal. Reaps orphans, forwards SIGTERM and SIGINT, writes DIR/exit when the command ends.
@@ -23,12 +25,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/pidfd.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -152,7 +157,6 @@ static _Noreturn void run_init(const char *directory, const char *cwd, char **co
 		die("close_range");
 	if (chdir(cwd) < 0)
 		die(cwd);
-	prctl(PR_SET_PDEATHSIG, 0); /* a restored init has another parent, whose end must not be its own */
 	prctl(PR_SET_DUMPABLE, 1);
 	on_signal(SIGTERM, forward);
 	on_signal(SIGINT, forward);
@@ -177,6 +181,23 @@ static _Noreturn void run_init(const char *directory, const char *cwd, char **co
 	child = 0;
 	write_exit_file(exit_file, unfinished, status);
 	_exit(exit_code(status)); /* the kernel kills whatever else is left in the namespace */
+}
+
+/* Return when init has ended; kill it when the lifeline on standard input, if there is one, has been let go. */
+static void hold_lifeline(pid_t init)
+{
+	struct pollfd watched[2] = { { .fd = STDIN_FILENO }, { .events = POLLIN } };
+	struct stat input;
+
+	watched[1].fd = pidfd_open(init, 0);
+	if (watched[1].fd < 0 || fstat(STDIN_FILENO, &input) < 0 || !S_ISFIFO(input.st_mode))
+		return;
+	while (!(watched[1].revents & POLLIN)) {
+		if (poll(watched, 2, -1) > 0 && (watched[0].revents & POLLHUP)) {
+			end_namespace(0);
+			return;
+		}
+	}
 }
 
 static _Noreturn void usage(const char *problem)
@@ -227,13 +248,13 @@ int main(int argc, char **argv)
 	on_signal(SIGTERM, end_namespace);
 	on_signal(SIGINT, end_namespace);
 	on_signal(SIGHUP, end_namespace);
-	prctl(PR_SET_PDEATHSIG, SIGTERM);
 	block_forwarded(SIG_UNBLOCK);
 	printf("init %d\n", (int)init);
 	if (fflush(stdout) != 0)
 		end_namespace(0); /* nobody reads: the agent is gone already */
-	if (close_range(0, ~0U, 0) < 0)
+	if (close_range(1, ~0U, 0) < 0)
 		die("close_range");
+	hold_lifeline(init);
 	while (waitpid(init, &status, 0) < 0)
 		if (errno != EINTR)
 			return OWN_FAILURE;

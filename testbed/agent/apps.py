@@ -90,7 +90,7 @@ def start_app(
         command += ["--env", f"{variable}={value}"]
     launcher = subprocess.Popen(
         [*command, "--", *argv],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # held open and never written: app_init's lifeline
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -188,13 +188,13 @@ def app_status(agent: Agent, *, name: str) -> dict[str, Any]:
 
 
 @operation("wait_app_ready")
-def wait_app_ready(agent: Agent, *, name: str, timeout: float) -> dict[str, Any]:
+def wait_app_ready(agent: Agent, *, name: str, patience: float) -> dict[str, Any]:
     """Wait until the application listens on a TCP port (every server of perftest and rdma-core does) or has ended.
 
-    Returns {"listening": [ports], "ended": …}; no port and not ended means that `timeout` seconds have passed.
+    Returns {"listening": [ports], "ended": …}; no port and not ended means that `patience` seconds have passed.
     """
     app = find_app(agent, name)
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + patience
     while True:
         ports = sorted(_listening(list(namespace_members(app.init)))) if app.ended is None else []
         if ports or app.ended is not None or time.monotonic() > deadline:

@@ -77,7 +77,7 @@ def start_nic(
     addresses: list[str],
     number_base: int,
     options: list[str] | None = None,
-    timeout: float = 20.0,
+    patience: float = 20.0,
 ) -> dict[str, Any]:
     """Start the NIC on the data interface and wait for its line `ready`.
 
@@ -112,10 +112,10 @@ def start_nic(
 
     agent.at_end(stop)
     started = time.monotonic()
-    if not _ready(process, started + timeout):
+    if not _ready(process, started + patience):
         ended = process.poll()
         stop()
-        what = f"ended with {ended}" if ended is not None else f"was not ready within {timeout:g} s"
+        what = f"ended with {ended}" if ended is not None else f"was not ready within {patience:g} s"
         raise OperationError(f"the NIC {what}", blame="environment", hint=nic.why())
 
     def nic_ended() -> None:
@@ -155,9 +155,9 @@ def running_nic(agent: Agent) -> Nic:
 
 
 @operation("nic")
-def nic_command(agent: Agent, *, command: str, timeout: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
+def nic_command(agent: Agent, *, command: str, patience: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
     """Pass one command to the NIC's control socket (softroce_ext.control has the table); its answer."""
-    return running_nic(agent).command(command, arguments, timeout)
+    return running_nic(agent).command(command, arguments, patience)
 
 
 @operation("stop_nic")

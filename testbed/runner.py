@@ -1,0 +1,359 @@
+"""One run of a topology, from the checks of the machine to the summary, and everything taken down in reverse order.
+
+The stages are those of testbed.events.STAGES. Whatever happens (a failure, Ctrl-C, SIGTERM), what exists is removed,
+newest first; what a killed run leaves is in its state file, for `testbed clean`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from testbed import summary as report
+from testbed import versions
+from testbed.apps import Applications
+from testbed.checkpoint import criu_binary
+from testbed.errors import EnvironmentProblem, Interrupted, TestbedError
+from testbed.hosts import Address, Host, connect_all
+from testbed.migrations import Schedule
+from testbed.network import Network, fixtures
+from testbed.results import Listener, RunFolder
+from testbed.session import Session
+from testbed.state import RunState, runs
+from testbed.topology import ResolvedHost, ResolvedTopology
+
+COUNTER_INTERVAL: Final = 0.5
+"""Seconds between two readings of a NIC's counters for the live view."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to run, beside what to run."""
+
+    root: Path | None = None
+    """Root of the results folders; None: `results.default_root()`."""
+    seed: int | None = None
+    """In place of the topology's."""
+    listener: Listener | None = None
+    """Called with every event, from any thread (a live view)."""
+    meanwhile: Callable[[Session], Any] | None = None
+    """Called in the main thread once the applications run, by an experiment; the run goes on when it returns."""
+
+
+def run(topology: ResolvedTopology, options: Options | None = None) -> report.Summary:
+    """Run `topology` once; the summary returned is also in the results folder.
+
+    What fails, interrupts (Ctrl-C, SIGTERM) or cannot be had on this machine is in its `problems`, by blame. Nothing
+    that the run has made is left in any case. Raises EnvironmentProblem only if the results folder cannot be made.
+    """
+    options = options or Options()
+    if options.seed is not None:
+        topology = replace(topology, seed=options.seed)
+    try:
+        folder = RunFolder.create(topology.name, seed=topology.seed, root=options.root)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"no results folder can be made: {error}", hint="choose another place: --results FOLDER"
+        ) from error
+    with _signals(), folder:
+        if options.listener is not None:
+            folder.subscribe(options.listener)
+        return _Run(topology, options, folder).run()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP interrupt as Ctrl-C does. Only possible, and only needed, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """The stages of one run; `_stack` undoes them."""
+
+    def __init__(self, topology: ResolvedTopology, options: Options, folder: RunFolder) -> None:
+        self.topology = topology
+        self.options = options
+        self.folder = folder
+        self.problems: list[report.Problem] = []
+        self.session: Session | None = None
+        self.schedule: Schedule | None = None
+        self.environment = report.Environment()
+        self.nics: dict[str, dict[str, int]] = {}
+        self.apps: list[report.App] = []
+        self._stack = contextlib.ExitStack()
+
+    def run(self) -> report.Summary:
+        folder, error = self.folder, None
+        folder.write_topology(self.topology.to_plain())
+        folder.event("run_started", topology=self.topology.name, seed=self.topology.seed)
+        try:
+            self._run()
+        except TestbedError as caught:
+            error = caught
+        except KeyboardInterrupt:
+            error = Interrupted()
+        finally:
+            with _no_interrupt(lambda: folder.event("note", text="still removing what was made; please wait")):
+                self._end(error)
+        summary = self._summary(error)
+        folder.event("run_finished", ok=summary.ok)
+        folder.finish(summary)
+        return summary
+
+    def _run(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="prepare") as pool:
+            self.folder.event("stage", name="prepare")
+            ahead = pool.submit(_prepare, bool(self.topology.migrations))
+            state = RunState.create(f"{os.getpid()}-{secrets.token_hex(3)}")
+            self._stack.callback(_forget, state)
+            self.folder.event("stage", name="network", detail=_size(self.topology))
+            network = Network(self.topology, self.folder.path, state)
+            self._stack.callback(network.stop)
+            network.start()
+            for limit in network.limits:
+                self.folder.event("limit", wanted=limit["wanted"], got=limit["got"], why=limit["why"])
+            session = Session(self.topology, self.folder, state, network)
+            self.session = session
+            criu = ahead.result()
+        self.environment = versions.collect(criu=criu, datapath=network.datapath, controller=network.controller_version)
+        self.folder.write_environment(self.environment)
+        self._connect(session)
+        self._start_nics(session)
+        self.folder.event("stage", name="apps")
+        self.schedule = Schedule(session)
+        self._stack.callback(self.schedule.stop)
+        session.apps.start_all()
+        self.schedule.start()
+        self.folder.event("stage", name="running")
+        if self.options.meanwhile is not None:
+            self.options.meanwhile(session)
+        session.apps.wait()
+        self.schedule.finish()
+
+    def _connect(self, session: Session) -> None:
+        self._stack.callback(_close_all, session.hosts)
+        session.apps = Applications(self.topology, session.hosts, self.folder)
+
+        def on_event(host: str, event: Any) -> None:
+            self._on_event(session, host, event)
+
+        addresses = [Address.of_virtual(host, session.state.run_id) for host in session.network.hosts.values()]
+        session.hosts.update(connect_all(addresses, on_event))
+        for name, host in session.network.hosts.items():
+            self.folder.event("host_ready", host=name, ip=host.ip, node_ip=host.node_ip)
+
+    def _start_nics(self, session: Session) -> None:
+        self.folder.event("stage", name="nics")
+        own = [app for app in self.topology.apps.values() if app.own_address]
+        with session.controller() as controller:
+            for app in own:
+                session.hosts[app.host].call("address_add", ip=app.address, prefix=self.topology.hosts[app.host].prefix)
+                controller.add_address(app.address, app.host)
+
+        def start(host: ResolvedHost) -> None:
+            addresses = [host.ip, *(app.address for app in own if app.host == host.name)]
+            session.hosts[host.name].call(
+                "start_nic",
+                addresses=addresses,
+                number_base=host.number_base,
+                options=self._nic_options(session, host),
+                timeout=90,
+            )
+            self.folder.event("nic_ready", host=host.name, ip=host.ip)
+            if self.options.listener is not None:
+                session.hosts[host.name].call("poll_counters", interval=COUNTER_INTERVAL)
+
+        _in_parallel(start, list(self.topology.hosts.values()))
+
+    def _nic_options(self, session: Session, host: ResolvedHost) -> list[str]:
+        options = ["--mtu", str(host.nic.mtu), "--seed", str(self.topology.seed + host.index)]
+        if not host.nic.migros:
+            options.append("--no-migros")
+        if host.nic.capture:
+            options += ["--capture", str(self.folder.pcap(host.name))]
+        impair = session.network.nic_impairments.get(host.name, host.nic.impair)
+        if impair:
+            options += ["--impair", ",".join(f"{key}={value:g}" for key, value in impair.items())]
+        return options
+
+    # ---- what happens meanwhile --------------------------------------------------------------------------------------
+
+    def _on_event(self, session: Session, host: str, event: Any) -> None:
+        """An agent's event, in the thread of that host."""
+        name = event["event"]
+        if name == "counters":
+            self.nics[host] = event["counters"]
+            self.folder.event("counters", at=event["t"], host=host, counters=event["counters"])
+        elif name == "nic_ended":
+            self._problem(f"{host}", f"its NIC ended with {event['code']}", event.get("log") or None)
+        elif name == "agent_gone" and event["reason"] != "closed":
+            self._problem(f"{host}", f"its agent has gone: {event['reason']}")
+        session.apps.on_event(host, event)
+
+    def _problem(self, where: str, error: str, hint: str | None = None) -> None:
+        self.problems.append(report.Problem(where=where, error=error, hint=hint))
+        self.folder.event("problem", where=where, error=error, hint=hint)
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _end(self, error: TestbedError | None) -> None:
+        if error is not None:
+            blame = "interrupt" if isinstance(error, Interrupted) else "environment"
+            if not isinstance(error, Interrupted | EnvironmentProblem):
+                blame = "run"
+            self.problems.append(
+                report.Problem.model_validate(
+                    {"blame": blame, "where": error.where or "run", "error": error.message, "hint": error.hint}
+                )
+            )
+        if self.session is not None and self.session.hosts:
+            self.folder.event("stage", name="collect")
+            self._collect(self.session)
+        self.folder.event("stage", name="teardown")
+        try:
+            self._stack.close()
+        except TestbedError as problem:
+            self._problem(problem.where or "teardown", problem.message, problem.hint)
+
+    def _collect(self, session: Session) -> None:
+        """Logs, last counters. Goes on after a failure: whatever can be had is worth having."""
+        self.apps = session.apps.collect()
+
+        def collect(host: Host) -> None:
+            with contextlib.suppress(TestbedError):
+                log = host.call("read_nic_log", timeout=10)["text"]
+                if log:
+                    self.folder.log(f"{host.name}.nic.log").write_text(log)
+            with contextlib.suppress(TestbedError):
+                self.nics[host.name] = {
+                    key: value
+                    for key, value in host.call("nic", command="counters", timeout=10).items()
+                    if type(value) is int
+                }
+
+        _in_parallel(collect, [host for host in session.hosts.values() if host.alive])
+
+    def _summary(self, error: TestbedError | None) -> report.Summary:
+        migrations = self.schedule.records if self.schedule is not None else []
+        if self.session is not None and hasattr(self.session, "apps"):
+            migrations = [
+                record.model_copy(update={"app_exit_code": self.session.apps.all[record.app].code})
+                for record in migrations
+            ]
+            self.problems += [p for app in self.session.apps.all.values() for p in app.problems]
+        self.problems += [
+            report.Problem(where=f"migrations[{m.index}]", error=m.error or "failed", hint=m.hint)
+            for m in migrations
+            if not m.ok
+        ]
+        complete = len(migrations) == len(self.topology.migrations) and len(self.apps) == len(self.topology.apps)
+        return report.Summary(
+            ok=error is None and complete and not self.problems and all(app.ok for app in self.apps),
+            topology=self.topology.name,
+            run_id=self.folder.run_id,
+            started=self.folder.started_utc,
+            duration_s=self.folder.now(),
+            seed=self.topology.seed,
+            interrupted=isinstance(error, Interrupted),
+            problems=self.problems,
+            limits=[report.Limit(**limit) for limit in self.session.network.limits] if self.session else [],
+            environment=self.environment,
+            hosts=[self._host(host, migrations) for host in self.topology.hosts.values()],
+            apps=self.apps,
+            migrations=migrations,
+            flow_changes=self.schedule.flow_changes if self.schedule is not None else [],
+            folder=str(self.folder.path),
+        )
+
+    def _host(self, host: ResolvedHost, migrations: list[report.Migration]) -> report.Host:
+        path = self.folder.pcap(host.name)
+        capture = None
+        if path.exists():
+            capture = report.Capture(path=self.folder.relative(path), bytes=path.stat().st_size)
+        gone = {
+            self.topology.migrations[m.index].ip_before for m in migrations if m.ok and m.address == "keep"
+        }  # an address that moved is no longer its first host's
+        return report.Host(
+            name=host.name,
+            ip=None if host.ip in gone else host.ip,
+            node_ip=host.node_ip,
+            nic=self.nics.get(host.name, {}),
+            capture=capture,
+        )
+
+
+@contextlib.contextmanager
+def _no_interrupt(tell: Callable[[], None]) -> Iterator[None]:
+    """A second Ctrl-C must not cut the clean-up short: it is answered by `tell`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    old = {number: signal.signal(number, lambda *_: tell()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _prepare(migrations: bool) -> list[str] | None:
+    """What can be done while the network is built: compile, load paramiko, find CRIU. Gives CRIU's command."""
+    import paramiko  # noqa: F401 - 0.2 s that the connections then do not wait for
+
+    from softroce_ext.native import build
+
+    try:
+        for name in ("app_init", "bridge"):
+            build.path(name)
+    except build.BuildError as error:
+        raise EnvironmentProblem(str(error), where="softroce_ext/native") from error
+    try:
+        return criu_binary.find()
+    except TestbedError:
+        if migrations:
+            raise
+        return None
+
+
+def _in_parallel(act: Callable[[Any], None], items: list[Any]) -> None:
+    """`act` on every item at once; raises the first error when all have ended."""
+    if items:
+        with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
+            for future in [pool.submit(act, item) for item in items]:
+                future.result()
+
+
+def _close_all(hosts: dict[str, Host]) -> None:
+    _in_parallel(Host.close, list(hosts.values()))
+
+
+def _forget(state: RunState) -> None:
+    """The last thing: nothing is left that the state file would have to name."""
+    state.close()
+    if not runs():
+        fixtures.clean()
+
+
+def _size(topology: ResolvedTopology) -> str:
+    return f"{len(topology.hosts)} hosts, {len(topology.switches)} switches, {len(topology.links)} links"

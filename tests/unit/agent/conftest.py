@@ -1,0 +1,22 @@
+"""The fixture `agent`: a running agent on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from local_agent import LocalTransport, agent_argv
+
+from testbed.hosts import Host
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[tuple[Host, LocalTransport, list[dict[str, object]]]]:
+    """(host, its transport, the events so far) of a running agent."""
+    transport = LocalTransport(agent_argv(tmp_path))
+    events: list[dict[str, object]] = []
+    host = Host("h1", transport, lambda _name, event: events.append(dict(event)))
+    host.ready(10)
+    yield host, transport, events
+    host.close()
