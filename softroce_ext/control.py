@@ -1,0 +1,168 @@
+"""The NIC's management socket: JSON lines over a Unix stream socket, one object in, one object out.
+
+`ControlClient` is what the harness uses. This module imports the standard library only, so that a small process
+can talk to a NIC without loading one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+_MAX_LINE: Final = 1 << 22
+
+
+class ControlError(Exception):
+    """The NIC refused a command, or is not there. `hint` says what to do, where there is something."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ControlClient:
+    """A connection to a NIC's control.sock. Commands are those of `softroce_ext.management`, keyword by keyword."""
+
+    def __init__(self, path: str | os.PathLike[str] = "/run/migros/nic/control.sock", timeout: float = 30.0) -> None:
+        """timeout: seconds for each answer. Raises ControlError when nobody listens at `path`."""
+        self._path = str(path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(timeout)
+        self._buffer = b""
+        try:
+            self._socket.connect(self._path)
+        except OSError as error:
+            self._socket.close()
+            raise ControlError(f"no NIC answers at {self._path}: {error.strerror}", "is the NIC started?") from None
+
+    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Send one command and return its answer without `ok`. Raises ControlError."""
+        line = json.dumps({"command": command, **arguments}).encode() + b"\n"
+        try:
+            self._socket.sendall(line)
+            while b"\n" not in self._buffer:
+                data = self._socket.recv(65536)
+                if not data:
+                    raise ControlError(f"the NIC at {self._path} went away during {command}")
+                self._buffer += data
+        except TimeoutError:
+            raise ControlError(f"the NIC at {self._path} did not answer {command} in time") from None
+        except OSError as error:
+            raise ControlError(f"the NIC at {self._path} went away during {command}: {error.strerror}") from None
+        answer, _, self._buffer = self._buffer.partition(b"\n")
+        result: dict[str, Any] = json.loads(answer)
+        if not result.pop("ok", False):
+            raise ControlError(str(result.get("error", "refused")), str(result.get("hint", "")))
+        return result
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+Respond = Callable[[dict[str, Any]], None]
+"""Sends the answer to one command; may be called later than the handler returns, and once."""
+
+
+class ControlServer:
+    """The listening side, driven by the NIC's loop through an epoll-like register/unregister pair."""
+
+    def __init__(
+        self,
+        path: Path,
+        handle: Callable[[dict[str, Any], Respond], None],
+        watch: Callable[[int, Callable[[int], None]], None],
+        unwatch: Callable[[int], None],
+    ) -> None:
+        """handle: gets each request and answers through `Respond`; watch: call back when a descriptor is readable."""
+        self.path = path
+        self._handle = handle
+        self._watch = watch
+        self._unwatch = unwatch
+        self._connections: dict[int, tuple[socket.socket, bytearray]] = {}
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        before = os.umask(0o177)
+        try:
+            self._listener.bind(str(path))
+        finally:
+            os.umask(before)
+        self._listener.listen(16)
+        watch(self._listener.fileno(), self._accept)
+
+    def _accept(self, _events: int) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            connection.setblocking(False)
+            self._connections[connection.fileno()] = (connection, bytearray())
+            self._watch(connection.fileno(), lambda events, fd=connection.fileno(): self._readable(fd))  # type: ignore[misc]
+
+    def _readable(self, fd: int) -> None:
+        connection, buffer = self._connections[fd]
+        try:
+            data = connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data or len(buffer) > _MAX_LINE:
+            self._drop(fd)
+            return
+        buffer += data
+        while (end := buffer.find(b"\n")) >= 0:
+            line = bytes(buffer[:end])
+            del buffer[: end + 1]
+            self._line(connection, line)
+
+    def _line(self, connection: socket.socket, line: bytes) -> None:
+        def respond(answer: dict[str, Any]) -> None:
+            data = json.dumps(answer).encode() + b"\n"
+            # An answer is small; a reader that lets the socket fill up loses its connection.
+            try:
+                connection.sendall(data)
+            except OSError:
+                self._drop(connection.fileno())
+
+        try:
+            request = json.loads(line)
+        except ValueError as error:
+            respond({"ok": False, "error": f"not a JSON line: {error}", "hint": 'send {"command": "status"}'})
+            return
+        if not isinstance(request, dict) or not isinstance(request.get("command"), str):
+            respond({"ok": False, "error": "a request is an object with a command", "hint": 'send {"command": "status"}'})
+            return
+        self._handle(request, respond)
+
+    def _drop(self, fd: int) -> None:
+        found = self._connections.pop(fd, None)
+        if found is not None:
+            self._unwatch(fd)
+            found[0].close()
+
+    def close(self) -> None:
+        """Close every connection and remove the socket."""
+        for fd in list(self._connections):
+            self._drop(fd)
+        self._unwatch(self._listener.fileno())
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+
+
+def wait_ready(path: str | os.PathLike[str], process_stdout: int, timeout: float = 15.0) -> bool:
+    """Wait until a NIC started with its standard output at descriptor `process_stdout` has printed `ready`."""
+    selector = selectors.DefaultSelector()
+    selector.register(process_stdout, selectors.EVENT_READ)
+    if not selector.select(timeout):
+        return False
+    return os.read(process_stdout, 4096).startswith(b"ready") and os.path.exists(path)

@@ -1,0 +1,121 @@
+"""Protection domains, memory regions and memory windows, and the checks of IBA 10.6.3 that keys are for.
+
+A region is a range of the program's virtual addresses; nothing is pinned or copied. The data stay in the program's own
+memory, which is why a checkpoint of the program carries them.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from softroce_ext.device.errors import VerbsError
+from softroce_ext.device.memory import ProcessMemory
+from softroce_ext.transport.interfaces import ProtectionError
+from softroce_ext.transport.verbs import Access
+
+KEY_BITS = 8
+"""Low bits of a key that the owner may change; the rest is the region's index (IBA 10.6.2)."""
+
+SUPPORTED_ACCESS = 0x1F | 0x20 | 0x100000
+"""Local write, remote write, read, atomic, window binding; zero-based and relaxed ordering are accepted by rxe as hints."""
+
+
+class MemoryRegion:
+    """A registered range: `iova` is the address that work requests use, `start` the program's own."""
+
+    __slots__ = ("access", "end", "handle", "iova", "key", "length", "memory", "pd", "shift", "start", "windows")
+
+    def __init__(
+        self, pd: ProtectionDomain, memory: ProcessMemory, key: int, start: int, length: int, iova: int, access: int
+    ) -> None:
+        self.pd = pd
+        self.memory = memory
+        self.key = key
+        self.start = start
+        self.length = length
+        self.iova = iova
+        self.access = access
+        self.end = iova + length
+        self.shift = iova - start
+        self.handle = 0
+        self.windows = 0
+
+
+class MemoryWindow:
+    """A window, unbound until a bind work request gives it a region."""
+
+    __slots__ = ("access", "end", "handle", "iova", "key", "kind", "pd", "region")
+
+    def __init__(self, pd: ProtectionDomain, key: int, kind: int) -> None:
+        self.pd = pd
+        self.key = key
+        self.kind = kind
+        self.region: MemoryRegion | None = None
+        self.iova = self.end = self.access = 0
+        self.handle = 0
+
+
+Keys = dict[int, MemoryRegion | MemoryWindow]
+"""All keys of a device, by index (key >> 8)."""
+
+
+class ProtectionDomain:
+    """A protection domain; answers the transport's key lookups (transport.interfaces.ProtectionDomain)."""
+
+    __slots__ = ("handle", "keys", "users")
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+        self.handle = 0
+        self.users = 0
+        """Objects that refer to this domain; it cannot be freed while there are any."""
+
+    def local(self, lkey: int, address: int, length: int, access: int) -> tuple[ProcessMemory, int]:
+        """HOT. Check a local key; return the memory and the address in it. Raises ProtectionError."""
+        region = self.keys.get(lkey >> KEY_BITS)
+        if (
+            region is None
+            or region.key != lkey
+            or region.pd is not self
+            or address < region.iova
+            or address + length > region.end
+            or access & ~region.access
+            or region.__class__ is not MemoryRegion
+        ):
+            raise ProtectionError(f"lkey {lkey:#x} does not cover {length} bytes at {address:#x} with access {access:#x}")
+        return region.memory, address - region.shift
+
+    def remote(self, rkey: int, address: int, length: int, access: int) -> tuple[ProcessMemory, int]:
+        """HOT. As `local`, for a key that the partner sent; also a memory window's. Raises ProtectionError."""
+        region = self.keys.get(rkey >> KEY_BITS)
+        if (
+            region is None
+            or region.key != rkey
+            or region.pd is not self
+            or address < region.iova
+            or address + length > region.end
+            or access & ~region.access
+        ):
+            raise ProtectionError(f"rkey {rkey:#x} does not cover {length} bytes at {address:#x} with access {access:#x}")
+        if region.__class__ is MemoryWindow:
+            if region.region is None:
+                raise ProtectionError(f"window {rkey:#x} is not bound")
+            region = region.region
+        return region.memory, address - region.shift  # type: ignore[union-attr]
+
+
+def check_access(access: int) -> None:
+    """Raise VerbsError for access flags that a registration cannot have (IBA 11.2.8.2)."""
+    if access & ~SUPPORTED_ACCESS:
+        raise VerbsError(errno.EOPNOTSUPP, f"access flags {access:#x}")
+    if access & (Access.REMOTE_WRITE | Access.REMOTE_ATOMIC) and not access & Access.LOCAL_WRITE:
+        raise VerbsError(errno.EINVAL, "remote write or atomic access needs local write access")
+
+
+def check_range(memory: ProcessMemory, start: int, length: int, iova: int, access: int) -> None:
+    """Raise VerbsError when a range cannot be registered: it wraps, or is not mapped as the access needs."""
+    if start + length > 1 << 64 or iova + length > 1 << 64:
+        raise VerbsError(errno.EINVAL, "the range wraps")
+    writable = bool(access & (Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_ATOMIC))
+    if not memory.accessible(start, length, writable):
+        raise VerbsError(errno.EFAULT, f"{length} bytes at {start:#x} are not mapped as access {access:#x} needs")

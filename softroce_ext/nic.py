@@ -1,0 +1,338 @@
+"""The NIC process: one loop that joins port, engine, programs and management.
+
+The loop sleeps in epoll while nothing happens. Once something does, it goes round without asking epoll each time: frames
+in, doorbells, timers, frames out, until a short time has passed without work. While it is awake, `pending` of each
+program that rang stays set, so that posting a work request costs the program no system call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from softroce_ext.capture import Capture
+from softroce_ext.control import ControlServer
+from softroce_ext.device.adapter import Adapter
+from softroce_ext.device.context import Context
+from softroce_ext.impairment import Impairment, ImpairmentSpec
+from softroce_ext.management import Management
+from softroce_ext.neighbours import Neighbours
+from softroce_ext.port import Port
+from softroce_ext.transport.engine import Engine, EngineConfig
+from softroce_ext.uverbs.server import CommandServer
+from softroce_ext.uverbs.sysfs import SysfsPicture
+
+MAX_SLEEP: Final = 1.0
+NEIGHBOUR_POLL: Final = 0.002
+"""Seconds between looks at the neighbour table while a command waits for a MAC."""
+POLL_EVERY: Final = 8
+"""Rounds of an awake loop between looks at epoll: how long a command may wait behind traffic."""
+FLUSHES: Final = 4
+"""Batches sent in one round before received frames get their turn."""
+
+
+@dataclass(slots=True)
+class NicConfig:
+    """Everything that the command line says."""
+
+    interface: str
+    addresses: list[bytes]
+    run_directory: Path
+    number_base: int = 0
+    mtu: int | None = None
+    """Bytes; lowers the interface's own."""
+    migros: bool = True
+    capture: str | None = None
+    snaplen: int = 65535
+    seed: int = 0
+    impairment: ImpairmentSpec = field(default_factory=ImpairmentSpec)
+    spin: float = 50e-6
+    """Seconds without work before the loop goes to sleep."""
+    trace: str | None = None
+
+
+class Nic:
+    """One NIC. `run` returns when `stop` was called; `close` removes every file."""
+
+    def __init__(self, config: NicConfig) -> None:
+        """Raises OSError when the interface, the addresses or the run directory cannot be used."""
+        self.config = config
+        self.port = Port(config.interface)
+        if config.mtu is not None:
+            self.port.mtu = min(self.port.mtu, config.mtu)
+        if config.impairment != ImpairmentSpec():
+            self.port.impairment = Impairment(config.impairment, config.seed)
+        if config.capture:
+            self.port.capture = Capture(config.capture, config.snaplen)
+        self.engine = Engine(EngineConfig(migros=config.migros))
+        self.neighbours = Neighbours(self.port.index)
+        self.adapter = Adapter(
+            self.engine, self.port.mac, self.port.mtu, config.number_base, self.neighbours.mac
+        )
+        for address in config.addresses:
+            self.adapter.add_address(address)
+        self._own_changed()
+
+        run = config.run_directory
+        run.mkdir(parents=True, exist_ok=True)
+        clear(run)
+        self.sysfs = SysfsPicture(run, self.adapter, config.interface)
+        self.sysfs.create()
+        self.adapter.gid_listeners.append(self._gid_changed)
+
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._awake: list[Context] = []
+        self._stopping = False
+        self._next_retry = 0.0
+        self._waits: list[Callable[[float], bool]] = []
+        self.commands = CommandServer(run, self.adapter, self.watch_context, self._ring_before)
+        self.watch(self.commands.fileno(), lambda _: self._serve())
+        self.watch(self.port.fileno(), lambda _: None)
+        self.management = Management(self)
+        self.control = ControlServer(run / "control.sock", self.management.handle, self.watch, self.unwatch)
+        self._trace_file: Any = None
+        if config.trace:
+            self.trace_to(config.trace)
+
+    # -- what the parts call ---------------------------------------------------------------------------------------
+
+    def watch(self, fd: int, callback: Callable[[int], None]) -> None:
+        """Call `callback(events)` when `fd` is readable or hung up."""
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """The opposite of `watch`; unknown descriptors are ignored."""
+        if self._callbacks.pop(fd, None) is not None:
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
+
+    def wait_for(self, poll: Callable[[float], bool]) -> None:
+        """Call `poll(now)` about every millisecond until it returns True."""
+        self._waits.append(poll)
+
+    def trace_to(self, path: str | None) -> None:
+        """Write one line for each command of a program to `path` (None: stop)."""
+        if self._trace_file is not None:
+            self._trace_file.close()
+            self._trace_file = None
+        self.commands.trace = None
+        if path:
+            self._trace_file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed above
+            self.commands.trace = lambda line: print(f"{time.monotonic():.6f} {line}", file=self._trace_file)
+
+    def watch_context(self, context: Context) -> None:
+        """Listen to a context's doorbell and to the end of its process."""
+        self.watch(context.channel.doorbell, lambda events: self._doorbell(context, events))
+        if context.pid is not None:
+            with contextlib.suppress(OSError):
+                context.pidfd = os.pidfd_open(context.pid)
+                self.watch(context.pidfd, lambda _: self.drop_context(context))
+
+    def unwatch_context(self, context: Context) -> None:
+        """Be deaf to a context: its end of file and its process's end mean nothing now."""
+        self.unwatch(context.channel.doorbell)
+        if context.pidfd >= 0:
+            self.unwatch(context.pidfd)
+            os.close(context.pidfd)
+            context.pidfd = -1
+        self._doze(context)
+
+    def drop_context(self, context: Context) -> None:
+        """The program closed the device or ended: free everything it owned."""
+        if context.held or context.id not in self.adapter.contexts:
+            return
+        self.unwatch_context(context)
+        self.adapter.forget(context)
+
+    def own_addresses_changed(self) -> None:
+        """The GID table changed."""
+        self._own_changed()
+
+    def stop(self) -> None:
+        """Leave `run` after this round."""
+        self._stopping = True
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def _own_changed(self) -> None:
+        self.port.own = set(self.adapter.addresses())
+
+    def _gid_changed(self, index: int, gid: bytes | None) -> None:
+        self._own_changed()
+        self.sysfs.set_gid(index, gid)
+
+    def _serve(self) -> None:
+        self.commands.serve()
+
+    def _doorbell(self, context: Context, events: int) -> None:
+        channel = context.channel
+        if events & select.EPOLLIN:
+            channel.silence_doorbell()
+        if not context.awake:
+            context.awake = True
+            self._awake.append(context)
+        if events & (select.EPOLLHUP | select.EPOLLERR) and not events & select.EPOLLIN:
+            self.drop_context(context)
+
+    def _ring_before(self, context: Context) -> None:
+        if context.channel.rung():
+            self._ring(context)
+
+    def _ring(self, context: Context) -> bool:
+        """HOT. Look at the queue pairs that a program rang; whether there were any."""
+        handles = context.channel.take_dirty()
+        objects = context.objects
+        for handle in handles:
+            qp = objects.get(handle)
+            if qp is not None and hasattr(qp, "transport"):
+                self.engine.ring(qp.transport)
+        return bool(handles)
+
+    def drain(self, context: Context) -> None:
+        """Take in every command and doorbell that a frozen program has sent (nothing new can come)."""
+        while self.commands.serve(64):
+            pass
+        self.commands.fail_waiting(context)
+        context.channel.silence_doorbell()
+        context.channel.arm_doorbell()
+        self._ring(context)
+
+    def _doze(self, context: Context) -> None:
+        if context.awake:
+            context.awake = False
+            self._awake.remove(context)
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run until `stop`."""
+        gc.collect()
+        gc.freeze()
+        monotonic = time.monotonic
+        spin = self.config.spin
+        while not self._stopping:
+            self._sleep(monotonic())
+            quiet_since = 0.0
+            rounds = 0
+            while not self._stopping:
+                now = monotonic()
+                if self._round(now):
+                    quiet_since = 0.0
+                elif not quiet_since:
+                    quiet_since = now
+                elif now - quiet_since >= spin:
+                    break
+                rounds += 1
+                if rounds % POLL_EVERY == 0:
+                    self._chores(now)
+                    self._dispatch(0)
+
+    def _dispatch(self, timeout: float) -> None:
+        callbacks = self._callbacks
+        for fd, events in self._epoll.poll(timeout):
+            callback = callbacks.get(fd)
+            if callback is not None:
+                callback(events)
+
+    def _round(self, now: float) -> bool:
+        """HOT. Frames in, doorbells, timers, frames out. Whether there was anything to do."""
+        engine, port = self.engine, self.port
+        busy = False
+        frames = port.receive()
+        if frames:
+            busy = True
+            receive = engine.receive
+            for frame in frames:
+                receive(frame, now)
+            engine.end_of_batch(now)
+        if port.loopback:
+            busy = True
+            inside = port.loopback
+            taken = [inside.popleft() for _ in range(min(len(inside), 64))]
+            for data in taken:
+                engine.receive(memoryview(data), now)
+            engine.end_of_batch(now)
+        for context in self._awake:
+            if self._ring(context):
+                busy = True
+        timer = engine.next_timer()
+        if timer is not None and timer <= now:
+            engine.on_timer(now)
+        if port.flush():
+            for _ in range(FLUSHES):
+                if not engine.frames_to_send(now, port):
+                    break
+                busy = True
+                if not port.flush():
+                    break
+        if port.impairment is not None:
+            port.send_due()
+        return busy
+
+    def _sleep(self, now: float) -> None:
+        """Wait for the next event; before that, make every program's doorbell ring again."""
+        for context in list(self._awake):
+            context.channel.arm_doorbell()
+            self._ring(context)
+            context.awake = False
+        self._awake.clear()
+        self._chores(now)
+        if self.port.capture is not None:
+            self.port.capture.flush()
+        self._dispatch(self._timeout(now))
+
+    def _chores(self, now: float) -> None:
+        if self.commands.waiting and now >= self._next_retry:
+            self._next_retry = now + NEIGHBOUR_POLL
+            self.commands.retry(now)
+        if self._waits:
+            self._waits = [poll for poll in self._waits if not poll(now)]
+
+    def _timeout(self, now: float) -> float:
+        if self.engine.has_work() or self.port.loopback:
+            # Only a full socket can be the reason that work is left over.
+            return 0.0005 if self.port.unsent else 0.0
+        timeout = MAX_SLEEP
+        timer = self.engine.next_timer()
+        if timer is not None:
+            timeout = min(timeout, timer - now)
+        if self.port.impairment is not None:
+            late = self.port.impairment.next_time()
+            if late is not None:
+                timeout = min(timeout, late - now)
+        if self.commands.waiting or self._waits:
+            timeout = min(timeout, NEIGHBOUR_POLL)
+        return max(0.0, timeout)
+
+    def close(self) -> None:
+        """Free every context, close the port and remove what `Nic` created in the run directory."""
+        for context in list(self.adapter.contexts.values()):
+            self.unwatch_context(context)
+            self.adapter.forget(context)
+        self.control.close()
+        self.commands.close()
+        self.neighbours.close()
+        self.trace_to(None)
+        if self.port.capture is not None:
+            self.port.capture.close()
+        self.port.close()
+        self._epoll.close()
+        clear(self.config.run_directory)
+
+
+def clear(run: Path) -> None:
+    """Remove what a NIC (an earlier one that was killed, too) left in its run directory, and nothing else."""
+    for name in ("sys", "dev", "ctx"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("uverbs.sock", "control.sock"):
+        (run / name).unlink(missing_ok=True)

@@ -1,0 +1,349 @@
+"""The files between the NIC and one open of the device, in ctx/<id>/ of the run directory.
+
+    queues     the control area and every shared ring; the program's device descriptor is this file
+    doorbell   FIFO, the NIC only reads: its end of file is the program's last descriptor closed
+    reply      FIFO, the NIC is the only writer: its end of file is the NIC's death
+    async, comp-N   FIFOs of events
+
+Nothing is connected and everything is found by path, so a checkpoint of the program carries its half, and the NIC at the
+destination lays the same files ready (facts: CRIU dumps FIFOs with their unread bytes, and of a shared file only the path).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import stat
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from softroce_ext.device import limits
+from softroce_ext.device.errors import VerbsError
+from softroce_ext.device.shared import RingImage
+from softroce_ext.uverbs import rings
+
+LAYOUT_VERSION: Final = 1
+AT_PENDING: Final = 0
+AT_LAYOUT: Final = 4
+AT_MAILBOX: Final = 64
+AT_MAY_POST: Final = 4096
+AT_DIRTY: Final = 69632
+QP_HANDLES: Final = 65536
+CONTROL_BYTES: Final = AT_DIRTY + QP_HANDLES
+FILE_BYTES: Final = 1 << 32
+"""Size of the queue file. It is sparse; only what queues use takes memory."""
+
+_MAILBOX = struct.Struct("<IiII112s")
+MAILBOX_DATA: Final = 3904
+_SEQUENCE = struct.Struct("<I")
+_PIPE_BYTES: Final = 65536
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PUNCH_HOLE_KEEP_SIZE: Final = 3
+_barrier = threading.Lock()
+
+
+def full_barrier() -> None:
+    """Order every earlier store before every later load (a lock-prefixed instruction); needed against lost doorbells."""
+    _barrier.acquire(False)
+    _barrier.release()
+
+
+class Fifo:
+    """A FIFO of fixed-size records from the NIC to the program. The NIC holds both ends, so a write never fails for
+    want of a reader and unread records can be taken back."""
+
+    __slots__ = ("_path", "fd", "lost", "name", "record_bytes")
+
+    def __init__(self, directory: Path, name: str, record_bytes: int) -> None:
+        self.name = name
+        self.record_bytes = record_bytes
+        self.lost = 0
+        self._path = directory / name
+        os.mkfifo(self._path, 0o600)
+        self.fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def post(self, record: bytes) -> bool:
+        """Append one record; False (and counted in `lost`) when the FIFO is full."""
+        try:
+            os.write(self.fd, record)
+        except BlockingIOError:
+            self.lost += 1
+            return False
+        return True
+
+    def withdraw(self, matches: Callable[[bytes], bool]) -> int:
+        """Take back the unread records that match; the others stay in order. Returns how many were taken.
+
+        The kernel counts an event as reported when it is *read*, and ibv_destroy_cq waits for as many acknowledgements
+        as were reported.
+        """
+        kept = bytearray()
+        taken = 0
+        size = self.record_bytes
+        try:
+            while data := os.read(self.fd, _PIPE_BYTES):
+                for at in range(0, len(data), size):
+                    record = data[at : at + size]
+                    if matches(record):
+                        taken += 1
+                    else:
+                        kept += record
+        except BlockingIOError:
+            pass
+        if kept:
+            os.write(self.fd, kept)
+        return taken
+
+    def identity(self) -> tuple[int, int]:
+        """(st_dev, st_ino)."""
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino
+
+    def close(self) -> None:
+        """Close and remove."""
+        os.close(self.fd)
+        self._path.unlink(missing_ok=True)
+
+
+class FileSpace:
+    """Page ranges of the queue file: first fit, neighbours merged."""
+
+    __slots__ = ("_free",)
+
+    def __init__(self, taken: list[tuple[int, int]] | None = None) -> None:
+        self._free: list[tuple[int, int]] = []
+        at = CONTROL_BYTES
+        for offset, size in sorted(taken or []):
+            if offset > at:
+                self._free.append((at, offset - at))
+            at = offset + size
+        self._free.append((at, FILE_BYTES - at))
+
+    def take(self, size: int) -> int:
+        """Return the offset of `size` free bytes. Raises VerbsError(ENOMEM)."""
+        for index, (offset, room) in enumerate(self._free):
+            if room >= size:
+                if room == size:
+                    del self._free[index]
+                else:
+                    self._free[index] = (offset + size, room - size)
+                return offset
+        raise VerbsError(errno.ENOMEM, "the context's queue file is full")
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Make a range free again."""
+        merged: list[tuple[int, int]] = []
+        for start, length in sorted([*self._free, (offset, size)]):
+            if merged and merged[-1][0] + merged[-1][1] == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + length)
+            else:
+                merged.append((start, length))
+        self._free = merged
+
+
+class FileChannel:
+    """The channel of one context (device.shared.Channel)."""
+
+    def __init__(
+        self, run_directory: Path, identifier: str, owner: tuple[int, int], taken: list[tuple[int, int]] | None = None
+    ) -> None:
+        """owner: (uid, gid) that the files belong to; taken: (offset, size) of the rings that a restore will map."""
+        self.directory = run_directory / "ctx" / identifier
+        self._owner = owner
+        self._space = FileSpace(taken)
+        self._fifos: dict[str, Fifo] = {}
+        self._next_comp = 0
+        self._highest_handle = 0
+        self.directory.mkdir(mode=0o700)
+        self._fd = os.open(self.directory / "queues", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.ftruncate(self._fd, FILE_BYTES)
+        os.posix_fallocate(self._fd, 0, CONTROL_BYTES)
+        self.control = mmap.mmap(self._fd, CONTROL_BYTES)
+        self._words = memoryview(self.control).cast("I")
+        self._words[AT_LAYOUT // 4] = LAYOUT_VERSION
+        os.mkfifo(self.directory / "doorbell", 0o600)
+        self.doorbell = os.open(self.directory / "doorbell", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._reply = Fifo(self.directory, "reply", _SEQUENCE.size)
+        if owner != (os.geteuid(), os.getegid()):
+            for path in (self.directory, *self.directory.iterdir()):
+                os.chown(path, *owner)
+
+    # -- rings ---------------------------------------------------------------------------------------------------
+
+    def _take(self, size: int) -> int:
+        offset = self._space.take(size)
+        try:
+            # A full tmpfs must be an errno now and not a SIGBUS at the first touch.
+            os.posix_fallocate(self._fd, offset, size)
+        except OSError as error:
+            self._space.give_back(offset, size)
+            raise VerbsError(errno.ENOMEM, f"no memory for {size} bytes of queue: {error.strerror}") from None
+        return offset
+
+    def _release(self, offset: int, size: int) -> None:
+        if _libc.fallocate(self._fd, _PUNCH_HOLE_KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(size)):
+            os.pwrite(self._fd, bytes(size), offset)
+        self._space.give_back(offset, size)
+
+    def send_ring(self, max_wr: int, max_sge: int, max_inline: int) -> rings.SendRing:
+        """A send queue with room for `max_wr` requests; its `max_inline` is what the slots really hold."""
+        element = rings.element_bytes(rings.SEND_WQE + max(rings.SGE_BYTES * max_sge, max_inline))
+        slots = rings.power_of_two(max_wr + 1)
+        offset = self._take(rings.ring_bytes(slots, element))
+        # rxe's provider trusts what CREATE_QP returned, so everything between the header and the slot's end may be used.
+        room = min(element - rings.SEND_WQE, limits.MAX_INLINE_DATA)
+        return rings.SendRing(self._fd, offset, slots, element, self._release, max_sge, room)
+
+    def receive_ring(self, max_wr: int, max_sge: int, shared: bool) -> rings.ReceiveRing:
+        """A receive queue (or an SRQ's) with room for `max_wr` receives."""
+        element = rings.element_bytes(rings.RECV_WQE + rings.SGE_BYTES * max_sge)
+        slots = rings.power_of_two(max_wr + 1)
+        offset = self._take(rings.ring_bytes(slots, element))
+        return rings.ReceiveRing(self._fd, offset, slots, element, self._release, max_sge, shared)
+
+    def completion_ring(self, max_cqe: int) -> rings.CompletionRing:
+        """A completion queue with room for `max_cqe` completions."""
+        slots = rings.power_of_two(max_cqe + 1)
+        offset = self._take(rings.ring_bytes(slots, rings.MIN_ELEMENT))
+        return rings.CompletionRing(self._fd, offset, slots, self._release)
+
+    def _reserve(self, image: RingImage) -> None:
+        try:
+            os.posix_fallocate(self._fd, image.offset, image.size)
+        except OSError as error:
+            raise VerbsError(errno.ENOMEM, f"no memory for {image.size} bytes of queue: {error.strerror}") from None
+
+    def restore_send_ring(self, image: RingImage, max_sge: int, max_inline: int) -> rings.SendRing:
+        """Map and fill a dumped send queue where it lay."""
+        self._reserve(image)
+        ring = rings.SendRing(
+            self._fd, image.offset, image.mask + 1, image.element, self._release, max_sge, max_inline, fresh=False
+        )
+        ring.load(image)
+        return ring
+
+    def restore_receive_ring(self, image: RingImage, max_sge: int, shared: bool) -> rings.ReceiveRing:
+        """Map and fill a dumped receive queue where it lay."""
+        self._reserve(image)
+        ring = rings.ReceiveRing(
+            self._fd, image.offset, image.mask + 1, image.element, self._release, max_sge, shared, fresh=False
+        )
+        ring.load(image)
+        return ring
+
+    def restore_completion_ring(self, image: RingImage) -> rings.CompletionRing:
+        """Map and fill a dumped completion queue where it lay."""
+        self._reserve(image)
+        ring = rings.CompletionRing(self._fd, image.offset, image.mask + 1, self._release, fresh=False)
+        ring.load(image)
+        return ring
+
+    # -- doorbell --------------------------------------------------------------------------------------------------
+
+    def may_post(self, handle: int, allowed: bool) -> None:
+        """Whether a doorbell for QP `handle` is accepted at the call (a post in RESET or INIT must fail there)."""
+        self.control[AT_MAY_POST + handle] = allowed
+        if handle > self._highest_handle:
+            self._highest_handle = handle
+
+    def silence_doorbell(self) -> None:
+        """The doorbell's FIFO became readable: drain it. Order matters: drain, clear `pending`, then look at queues;
+        cleared first, a byte written in between would be drained while `pending` stays set, and the NIC would sleep."""
+        try:
+            os.read(self.doorbell, 4096)
+        except BlockingIOError:
+            pass
+
+    def arm_doorbell(self) -> None:
+        """From now on the program's next doorbell writes to the FIFO."""
+        self._words[AT_PENDING] = 0
+        full_barrier()
+
+    def rung(self) -> bool:
+        """Whether the program rang since the last `arm_doorbell`."""
+        return bool(self._words[AT_PENDING])
+
+    def take_dirty(self) -> list[int]:
+        """HOT. The handles of queue pairs rung since the last call."""
+        control = self.control
+        end = AT_DIRTY + self._highest_handle + 1
+        at = control.find(b"\1", AT_DIRTY, end)
+        if at < 0:
+            return []
+        handles = []
+        while at >= 0:
+            control[at] = 0
+            handles.append(at - AT_DIRTY)
+            at = control.find(b"\1", at + 1, end)
+        # The producer index must be read after the mark is gone, else a post in between is lost.
+        full_barrier()
+        return handles
+
+    def all_dirty(self, handles: list[int]) -> None:
+        """Mark queue pairs as rung (after a restore: the doorbell is level-triggered)."""
+        for handle in handles:
+            self.control[AT_DIRTY + handle] = 1
+
+    # -- answers and events --------------------------------------------------------------------------------------
+
+    def answer(self, sequence: int, error: int, data: bytes = b"", install: str = "") -> None:
+        """Answer the command `sequence`; install: name of the FIFO whose descriptor is response word 0."""
+        self.control[AT_MAILBOX : AT_MAILBOX + _MAILBOX.size] = _MAILBOX.pack(
+            sequence, error, len(data), bool(install), install.encode()
+        )
+        if data:
+            start = AT_MAILBOX + _MAILBOX.size
+            self.control[start : start + len(data)] = data
+        self._reply.post(_SEQUENCE.pack(sequence))
+
+    def event_fifo(self, record_bytes: int, name: str = "") -> Fifo:
+        """A new event FIFO; without a name the next comp-N."""
+        while not name:
+            candidate = f"comp-{self._next_comp}"
+            self._next_comp += 1
+            if candidate not in self._fifos:
+                name = candidate
+        fifo = Fifo(self.directory, name, record_bytes)
+        os.chown(self.directory / name, *self._owner)
+        self._fifos[name] = fifo
+        return fifo
+
+    def drop_fifo(self, fifo: Fifo) -> None:
+        """Close and remove an event FIFO."""
+        self._fifos.pop(fifo.name, None)
+        fifo.close()
+
+    def set_owner_check(self) -> bool:
+        """Whether the queue file is still a regular file of the right size (a program could have cut it)."""
+        status = os.fstat(self._fd)
+        return stat.S_ISREG(status.st_mode) and status.st_size == FILE_BYTES
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """(uid, gid) of the files."""
+        return self._owner
+
+    def close(self) -> None:
+        """Close and remove every file. Rings must have been freed or are unmapped with the last reference."""
+        for fifo in list(self._fifos.values()):
+            fifo.close()
+        self._fifos.clear()
+        self._reply.close()
+        os.close(self.doorbell)
+        self._words.release()
+        self.control.close()
+        os.close(self._fd)
+        for name in ("doorbell", "queues"):
+            (self.directory / name).unlink(missing_ok=True)
+        try:
+            self.directory.rmdir()
+        except OSError:
+            for left in self.directory.iterdir():
+                left.unlink()
+            self.directory.rmdir()

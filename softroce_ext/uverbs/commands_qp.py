@@ -1,0 +1,206 @@
+"""The commands of queue pairs; with them the table `HANDLERS` is complete, so import it from here."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any, Final
+
+from softroce_ext.device import limits
+from softroce_ext.device.adapter import Adapter
+from softroce_ext.device.completion import CompletionQueue, SharedReceiveQueue
+from softroce_ext.device.context import Context
+from softroce_ext.device.errors import VerbsError
+from softroce_ext.device.queue_pair import Capabilities, Destination, QueuePair
+from softroce_ext.device.regions import ProtectionDomain
+from softroce_ext.transport.verbs import QpState
+from softroce_ext.uverbs import abi
+from softroce_ext.uverbs.abi import Command
+from softroce_ext.uverbs.commands import HANDLERS, Answer, Body, handles
+
+__all__ = ["HANDLERS"]
+
+QP_STATE: Final = 1
+QP_AV: Final = 1 << 7
+QP_PATH_MTU: Final = 1 << 8
+QP_ALT_PATH: Final = 1 << 14
+QP_CAP: Final = 1 << 19
+QP_DEST_QPN: Final = 1 << 20
+
+ATTRIBUTES: Final = (
+    (1 << 0, "qp_state"),
+    (1 << 1, "cur_qp_state"),
+    (1 << 2, "en_sqd_async_notify"),
+    (1 << 3, "qp_access_flags"),
+    (1 << 4, "pkey_index"),
+    (1 << 5, "port_num"),
+    (1 << 6, "qkey"),
+    (1 << 9, "timeout"),
+    (1 << 10, "retry_cnt"),
+    (1 << 11, "rnr_retry"),
+    (1 << 12, "rq_psn"),
+    (1 << 13, "max_rd_atomic"),
+    (1 << 15, "min_rnr_timer"),
+    (1 << 16, "sq_psn"),
+    (1 << 17, "max_dest_rd_atomic"),
+    (1 << 18, "path_mig_state"),
+    (1 << 20, "destination_qpn"),
+)
+"""enum ib_qp_attr_mask → the transport's name, for attributes that are passed on as they are."""
+
+
+def _new_qp(adapter: Adapter, context: Context, fields: tuple[int, ...]) -> QueuePair:
+    user_handle, pd, send_cq, recv_cq, srq, swr, rwr, ssge, rsge, inline, sig_all, kind, is_srq = fields
+    return adapter.create_queue_pair(
+        context,
+        user_handle,
+        kind,
+        context.get(pd, ProtectionDomain),
+        context.get(send_cq, CompletionQueue),
+        context.get(recv_cq, CompletionQueue),
+        context.get(srq, SharedReceiveQueue) if is_srq else None,
+        Capabilities(swr, rwr, ssge, rsge, inline),
+        bool(sig_all),
+    )
+
+
+def _created(qp: QueuePair) -> bytes:
+    c = qp.capabilities
+    return abi.CREATE_QP_RESP.pack(
+        qp.handle, qp.qpn, c.max_send_wr, c.max_recv_wr, c.max_send_sge, c.max_recv_sge, c.max_inline_data, 0
+    )
+
+
+def _rings(qp: QueuePair) -> bytes:
+    return abi.mminfo(qp.receive_ring) + abi.mminfo(qp.send_ring)
+
+
+@handles(Command.CREATE_QP)
+def create_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
+    qp = _new_qp(adapter, context, abi.CREATE_QP.unpack_from(body, 8))
+    return Answer(_created(qp) + _rings(qp))
+
+
+@handles(Command.EX_CREATE_QP)
+def ex_create_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
+    comp_mask, create_flags = abi.U32X2.unpack_from(body, abi.CREATE_QP.size)
+    if comp_mask or create_flags:
+        raise VerbsError(errno.EOPNOTSUPP, f"QP create flags {create_flags:#x}")
+    qp = _new_qp(adapter, context, abi.CREATE_QP.unpack_from(body))
+    return Answer(_created(qp) + abi.U32X2.pack(0, abi.CREATE_QP_RESP.size + abi.U32X2.size), _rings(qp))
+
+
+@handles(Command.QUERY_QP)
+def query_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
+    qp = context.get(abi.U32.unpack_from(body, 8)[0], QueuePair)
+    c, caps = qp.transport.context, qp.capabilities
+    return Answer(
+        abi.QUERY_QP_RESP.pack(
+            qp.destination.pack(),
+            qp.alternate.pack(),
+            caps.max_send_wr,
+            caps.max_recv_wr,
+            caps.max_send_sge,
+            caps.max_recv_sge,
+            caps.max_inline_data,
+            c.qkey,
+            c.expected_psn,
+            c.send_psn,
+            c.destination_qpn,
+            c.qp_access_flags,
+            c.pkey_index,
+            0,  # alt_pkey_index
+            c.state,
+            c.state,
+            limits.MTU_CODE.get(c.path_mtu, 0),
+            c.path_mig_state,
+            c.sq_draining,
+            c.max_rd_atomic,
+            c.max_dest_rd_atomic,
+            c.min_rnr_timer,
+            c.port_num,
+            c.timeout,
+            c.retry_cnt,
+            c.rnr_retry,
+            0,  # alt_port_num
+            0,  # alt_timeout
+            c.sq_sig_all,
+        )
+    )
+
+
+@handles(Command.MODIFY_QP)
+def modify_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
+    destination, alternate, handle, mask, *values = abi.MODIFY_QP.unpack_from(body)
+    (
+        qkey, rq_psn, sq_psn, dest_qpn, access, pkey_index, _alt_pkey, state, cur_state, mtu, mig_state, en_sqd,
+        max_rd, max_dest_rd, rnr_timer, port, timeout, retry, rnr_retry, _alt_port, _alt_timeout,
+    ) = values  # fmt: skip
+    qp = context.get(handle, QueuePair)
+    given = {
+        "qp_state": state,
+        "cur_qp_state": cur_state,
+        "en_sqd_async_notify": bool(en_sqd),
+        "qp_access_flags": access,
+        "pkey_index": pkey_index,
+        "port_num": port,
+        "qkey": qkey,
+        "timeout": timeout,
+        "retry_cnt": retry,
+        "rnr_retry": rnr_retry,
+        "rq_psn": rq_psn,
+        "max_rd_atomic": max_rd,
+        "min_rnr_timer": rnr_timer,
+        "sq_psn": sq_psn,
+        "max_dest_rd_atomic": max_dest_rd,
+        "path_mig_state": mig_state,
+        "destination_qpn": dest_qpn,
+    }
+    attributes: dict[str, Any] = {name: given[name] for bit, name in ATTRIBUTES if mask & bit}
+    if mask & QP_CAP:
+        raise VerbsError(errno.EOPNOTSUPP, "queue pairs are not resized")
+    if mask & QP_PATH_MTU:
+        if mtu not in limits.MTU_BYTES or mtu > limits.active_mtu(adapter.interface_mtu):
+            raise VerbsError(errno.EINVAL, f"path MTU code {mtu}")
+        attributes["path_mtu"] = limits.MTU_BYTES[mtu]
+    vector = Destination.unpack(destination)
+    if mask & QP_AV:
+        remote_qpn = dest_qpn if mask & QP_DEST_QPN else qp.transport.context.destination_qpn
+        attributes["path"] = adapter.path(vector, qp.qpn, remote_qpn)
+    adapter.modify_queue_pair(qp, attributes)
+    if attributes.get("qp_state") == QpState.RESET:
+        qp.destination = qp.alternate = Destination()
+    if mask & QP_AV:
+        qp.destination = vector
+    if mask & QP_ALT_PATH:
+        qp.alternate = Destination.unpack(alternate)
+    return Answer()
+
+
+@handles(Command.DESTROY_QP)
+def destroy_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
+    qp = context.get(abi.U32.unpack_from(body, 8)[0], QueuePair)
+    adapter.destroy_queue_pair(qp)
+    return Answer(abi.U32.pack(qp.async_events - (context.unread_async(qp.user_handle) if qp.async_events else 0)))
+
+
+@handles(Command.POST_SEND)
+def post_send(adapter: Adapter, context: Context, body: Body) -> Answer:
+    """Only a doorbell that came as a command: work requests are posted in shared memory."""
+    handle, count = abi.U32X2.unpack_from(body, 8)
+    qp = context.get(handle, QueuePair)
+    if count or qp.transport.context.state < QpState.RTS:
+        raise VerbsError(errno.EINVAL, "post_send before RTS")
+    adapter.engine.ring(qp.transport)
+    return Answer(abi.U32.pack(0))
+
+
+@handles(Command.ATTACH_MCAST)
+def attach_mcast(adapter: Adapter, context: Context, body: Body) -> Answer:
+    context.get(abi.U32.unpack_from(body, 16)[0], QueuePair)
+    raise VerbsError(errno.EINVAL, "only UD queue pairs join multicast groups")
+
+
+@handles(Command.DETACH_MCAST)
+def detach_mcast(adapter: Adapter, context: Context, body: Body) -> Answer:
+    context.get(abi.U32.unpack_from(body, 16)[0], QueuePair)
+    raise VerbsError(errno.EINVAL, "not a member of the group")

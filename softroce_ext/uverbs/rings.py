@@ -1,0 +1,307 @@
+"""The queues that a program shares with the NIC: struct rxe_queue_buf and its elements (rdma/rdma_user_rxe.h).
+
+One side owns the producer index, the other the consumer index. The NIC believes neither memory: it keeps a private copy
+of the index that it owns, masks the other, copies each element out once, and checks what it copied. A program that
+scribbles here harms its own queue pair only.
+
+An index is stored through a `memoryview` of 32-bit words, one aligned store (`struct.pack_into` would store bytes, and the
+program could see half an index). On x86 that order of stores is also what the program sees; other machines would
+need a barrier.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from struct import Struct
+from typing import Final
+
+from softroce_ext.device.shared import RingImage
+from softroce_ext.transport.interfaces import RecvWqe, SendWqe, Sge
+
+HEADER: Final = 384
+"""Bytes before the first element: sizes @0, producer index @128, consumer index @256."""
+_LOG2, _MASK, _PRODUCER, _CONSUMER = 0, 1, 32, 64  # in 32-bit words
+
+SEND_WQE: Final = 208
+RECV_WQE: Final = 40
+SGE_BYTES: Final = 16
+MIN_ELEMENT: Final = 64
+
+_SEND_HEAD = Struct("<Q4xIIIQQQI")
+"""wr_id 0, opcode 12, flags 16, imm 20, then the union at 24: remote address 24, rkey or compare/add 32, swap 40, rkey 48."""
+_SEND_DMA_AT: Final = 184
+_DMA = Struct("<I8xI")
+"""struct rxe_dma_info: length 0, num_sge 12."""
+_UD_HEAD = Struct("<II4xI")
+"""The union at 24 of a UD request: remote QPN, Q_Key, address handle number."""
+_RECV_HEAD = Struct("<Q8xI8xI")
+_SGE = Struct("<QII")
+_CQE = Struct("<QIIIIIIIIHHBBBB")
+"""struct ib_uverbs_wc."""
+
+_WR_ATOMIC = (5, 6)
+BAD_OPCODE: Final = 255
+"""What `fetch` gives for an element that makes no sense; the requester completes it as LOC_QP_OP_ERR."""
+_INLINE: Final = 8
+_QPT_UD: Final = 4
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << max(0, (number - 1).bit_length())
+
+
+def ring_bytes(elements: int, element: int) -> int:
+    """Bytes of a ring with `elements` slots, in whole pages."""
+    return -(-(HEADER + elements * element) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def element_bytes(bytes_needed: int) -> int:
+    """Bytes of a slot: a power of two, at least a cache line."""
+    return max(MIN_ELEMENT, power_of_two(bytes_needed))
+
+
+class Ring:
+    """A ring at `offset` of the context's queue file `fd`. One slot is always empty, so `capacity` is slots − 1."""
+
+    __slots__ = ("_free", "_index", "_map", "capacity", "element", "log2", "mask", "offset", "size")
+
+    def __init__(
+        self, fd: int, offset: int, slots: int, element: int, free: Callable[[int, int], None], fresh: bool = True
+    ) -> None:
+        self.offset = offset
+        self.element = element
+        self.log2 = element.bit_length() - 1
+        self.mask = self.capacity = slots - 1
+        self.size = ring_bytes(slots, element)
+        self._free = free
+        self._map = mmap.mmap(fd, self.size, offset=offset)
+        self._index = memoryview(self._map).cast("I")
+        if fresh:
+            self._index[_LOG2] = self.log2
+            self._index[_MASK] = self.mask
+
+    def reset(self) -> None:
+        """Both indices to zero."""
+        self._index[_PRODUCER] = self._index[_CONSUMER] = 0
+
+    def free(self) -> None:
+        """Unmap and give the range of the file back. Not to be used afterwards."""
+        self._index.release()
+        self._map.close()
+        self._free(self.offset, self.size)
+
+    def _image(self, producer: int, consumer: int, fetched: int) -> RingImage:
+        return RingImage(
+            self.offset, self.size, self.element, self.mask, producer, consumer, fetched, bytes(self._map[: self.size])
+        )
+
+    def fill(self, data: bytes) -> None:
+        """Put back the bytes of a dump."""
+        self._map[: self.size] = data
+
+
+class _WorkRing(Ring):
+    """A ring that the program produces and the NIC consumes: private indices of the next fetch and the oldest fetched."""
+
+    __slots__ = ("_fetched", "_retired", "max_sge")
+
+    def __init__(
+        self,
+        fd: int,
+        offset: int,
+        slots: int,
+        element: int,
+        free: Callable[[int, int], None],
+        max_sge: int,
+        fresh: bool = True,
+    ) -> None:
+        super().__init__(fd, offset, slots, element, free, fresh)
+        self.max_sge = max_sge
+        self._fetched = self._retired = 0
+
+    def reset(self) -> None:
+        super().reset()
+        self._fetched = self._retired = 0
+
+    def retire(self) -> None:
+        """HOT. Give the oldest fetched slot back."""
+        if self._retired != self._fetched:
+            self._retired = (self._retired + 1) & self.mask
+            self._index[_CONSUMER] = self._retired
+
+    def posted(self) -> int:
+        """Elements that are posted and not yet fetched."""
+        return (self._index[_PRODUCER] - self._fetched) & self.mask
+
+    def dump(self) -> RingImage:
+        """A copy of everything."""
+        return self._image(self._index[_PRODUCER] & self.mask, self._retired, self._fetched)
+
+    def load(self, image: RingImage) -> None:
+        """Take over a dump: bytes and indices."""
+        self.fill(image.data)
+        self._fetched = image.fetched & self.mask
+        self._retired = image.consumer & self.mask
+        self._index[_PRODUCER] = image.producer & self.mask
+        self._index[_CONSUMER] = self._retired
+
+    def _sges(self, at: int, count: int) -> tuple[tuple[Sge, ...], int]:
+        if count == 1:
+            sge = Sge._make(_SGE.unpack_from(self._map, at))
+            return (sge,), sge.length
+        sges = tuple(Sge._make(_SGE.unpack_from(self._map, at + SGE_BYTES * i)) for i in range(count))
+        return sges, sum(sge.length for sge in sges)
+
+
+class SendRing(_WorkRing):
+    """A send queue (transport.interfaces.SendQueue)."""
+
+    __slots__ = ("_ud", "max_inline")
+
+    def __init__(
+        self,
+        fd: int,
+        offset: int,
+        slots: int,
+        element: int,
+        free: Callable[[int, int], None],
+        max_sge: int,
+        max_inline: int,
+        fresh: bool = True,
+    ) -> None:
+        super().__init__(fd, offset, slots, element, free, max_sge, fresh)
+        self.max_inline = max_inline
+
+    def fetch(self) -> SendWqe | None:
+        """HOT. Copy out the next posted request. One that makes no sense comes with opcode BAD_OPCODE."""
+        fetched = self._fetched
+        if self._index[_PRODUCER] & self.mask == fetched:
+            return None
+        self._fetched = (fetched + 1) & self.mask
+        ring = self._map
+        at = HEADER + (fetched << self.log2)
+        wr_id, opcode, flags, imm, remote, second, swap, atomic_rkey = _SEND_HEAD.unpack_from(ring, at)
+        length, count = _DMA.unpack_from(ring, at + _SEND_DMA_AT)
+        if flags & _INLINE and opcode < 10 and opcode not in (4, 5, 6, 7, 8):
+            if length > self.max_inline:
+                return SendWqe(wr_id, BAD_OPCODE, flags, 0, 0, (), None, 0, 0, 0, 0, None)
+            data = bytes(ring[at + SEND_WQE : at + SEND_WQE + length])
+            return SendWqe(wr_id, opcode, flags, imm, length, (), data, remote, second & 0xFFFFFFFF, 0, 0, None)
+        if count > self.max_sge:
+            return SendWqe(wr_id, BAD_OPCODE, flags, 0, 0, (), None, 0, 0, 0, 0, None)
+        sges, length = self._sges(at + SEND_WQE, count)
+        if opcode in _WR_ATOMIC:
+            return SendWqe(wr_id, opcode, flags, imm, length, sges, None, remote, atomic_rkey, second, swap, None)
+        return SendWqe(wr_id, opcode, flags, imm, length, sges, None, remote, second & 0xFFFFFFFF, 0, 0, None)
+
+
+class ReceiveRing(_WorkRing):
+    """A receive queue (transport.interfaces.ReceiveQueue), or the ring of an SRQ (`shared`)."""
+
+    __slots__ = ("_shared",)
+
+    def __init__(
+        self,
+        fd: int,
+        offset: int,
+        slots: int,
+        element: int,
+        free: Callable[[int, int], None],
+        max_sge: int,
+        shared: bool = False,
+        fresh: bool = True,
+    ) -> None:
+        super().__init__(fd, offset, slots, element, free, max_sge, fresh)
+        self._shared = shared
+
+    def fetch(self) -> RecvWqe | None:
+        """HOT. Copy out the next posted receive. One with too many elements comes as a receive of no length."""
+        fetched = self._fetched
+        if self._index[_PRODUCER] & self.mask == fetched:
+            return None
+        self._fetched = (fetched + 1) & self.mask
+        at = HEADER + (fetched << self.log2)
+        wr_id, _, count = _RECV_HEAD.unpack_from(self._map, at)
+        if self._shared:
+            self._retired = self._fetched
+            self._index[_CONSUMER] = self._fetched
+        if count > self.max_sge:
+            return RecvWqe(wr_id, 0, ())
+        sges, length = self._sges(at + RECV_WQE, count)
+        return RecvWqe(wr_id, length, sges)
+
+    def move_to(self, other: ReceiveRing) -> None:
+        """Copy the receives that are not fetched into an empty `other` with elements of the same size (ibv_modify_srq)."""
+        count = self.posted()
+        for slot in range(count):
+            source = HEADER + (((self._fetched + slot) & self.mask) << self.log2)
+            target = HEADER + (slot << self.log2)
+            other._map[target : target + self.element] = self._map[source : source + self.element]
+        other._index[_PRODUCER] = count
+
+
+class CompletionRing(Ring):
+    """A completion queue's ring: the NIC produces, the program consumes."""
+
+    __slots__ = ("_producer",)
+
+    def __init__(
+        self, fd: int, offset: int, slots: int, free: Callable[[int, int], None], fresh: bool = True
+    ) -> None:
+        super().__init__(fd, offset, slots, MIN_ELEMENT, free, fresh)
+        self._producer = 0
+
+    def push(
+        self,
+        wr_id: int,
+        status: int,
+        opcode: int,
+        byte_len: int,
+        imm: int,
+        qp_num: int,
+        src_qp: int,
+        wc_flags: int,
+    ) -> bool:
+        """HOT. Publish one completion (vendor_err 0, port 1); False when the ring is full."""
+        producer = self._producer
+        following = (producer + 1) & self.mask
+        if following == self._index[_CONSUMER] & self.mask:
+            return False
+        _CQE.pack_into(
+            self._map,
+            HEADER + (producer << 6),
+            wr_id, status, opcode, 0, byte_len, imm, qp_num, src_qp, wc_flags, 0, 0, 0, 0, 1, 0,
+        )  # fmt: skip
+        self._producer = following
+        self._index[_PRODUCER] = following
+        return True
+
+    def reset(self) -> None:
+        super().reset()
+        self._producer = 0
+
+    def waiting(self) -> int:
+        """Completions that the program has not taken."""
+        return (self._producer - self._index[_CONSUMER]) & self.mask
+
+    def move_to(self, other: CompletionRing) -> None:
+        """Copy the completions that were not taken into an empty `other` (ibv_resize_cq)."""
+        at = self._index[_CONSUMER] & self.mask
+        for slot in range(self.waiting()):
+            source = HEADER + (((at + slot) & self.mask) << 6)
+            other._map[HEADER + (slot << 6) : HEADER + (slot + 1 << 6)] = self._map[source : source + 64]
+            other._producer = slot + 1
+        other._index[_PRODUCER] = other._producer
+
+    def dump(self) -> RingImage:
+        """A copy of everything."""
+        return self._image(self._producer, self._index[_CONSUMER] & self.mask, 0)
+
+    def load(self, image: RingImage) -> None:
+        """Take over a dump: bytes and indices."""
+        self.fill(image.data)
+        self._producer = image.producer & self.mask
+        self._index[_PRODUCER] = self._producer
+        self._index[_CONSUMER] = image.consumer & self.mask

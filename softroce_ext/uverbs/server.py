@@ -1,0 +1,231 @@
+"""The command socket: datagrams from bridges in, answers out through each context's own mailbox and FIFO.
+
+Who sent a datagram is what the kernel says (SCM_CREDENTIALS), never what the message says; a context obeys the process
+that opened it and nobody else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from softroce_ext.device.adapter import Adapter
+from softroce_ext.device.context import Context
+from softroce_ext.device.errors import NotYet, VerbsError
+from softroce_ext.device.memory import ProcessMemory
+from softroce_ext.uverbs import abi
+from softroce_ext.uverbs.channel import LAYOUT_VERSION, MAILBOX_DATA, FileChannel
+from softroce_ext.uverbs.commands_qp import HANDLERS
+from softroce_ext.uverbs.sysfs import DEVICE_NUMBER
+
+MAGIC: Final = 0x4252474D
+_REQUEST = struct.Struct("<IHHII48s")
+"""magic, version, kind, sequence, reserved, name: ahead of every datagram."""
+_OPENED = struct.Struct("<iIII48s")
+"""error, major, minor, layout version, context id: the answer to OPEN."""
+_KIND_OPEN, _KIND_COMMAND = 1, 2
+_CREDENTIALS = struct.Struct("<iII")
+_OPEN_NAME = re.compile(rb"open-[0-9a-f-]{1,40}")
+_MAX_DATAGRAM: Final = 65536
+_NEIGHBOUR_TIMEOUT: Final = 3.0
+"""Seconds that ibv_modify_qp waits for the partner's MAC, as the kernel's ib_resolve_eth_dmac about does."""
+
+@dataclass(slots=True)
+class _Waiting:
+    """A command that waits for a neighbour's MAC."""
+
+    context: Context
+    sequence: int
+    message: bytes
+    deadline: float
+
+
+def inner_pid_of(pid: int) -> int:
+    """The number that process `pid` has in its own pid namespace. Raises OSError when it is gone."""
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    return pid
+
+
+class CommandServer:
+    """Owns uverbs.sock. `opened` and `ring` tell the loop of new contexts and of doorbells rung before a command."""
+
+    def __init__(
+        self,
+        run_directory: Path,
+        adapter: Adapter,
+        opened: Callable[[Context], None],
+        ring: Callable[[Context], None],
+    ) -> None:
+        self._run = run_directory
+        self._adapter = adapter
+        self._opened = opened
+        self._ring = ring
+        self._waiting: list[_Waiting] = []
+        self._counter = 0
+        self.trace: Callable[[str], None] | None = None
+        """Takes one line for each command."""
+        self.path = run_directory / "uverbs.sock"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.bind(str(self.path))
+        os.chmod(self.path, 0o666)
+        # Programs of any user put the FIFO for the answer to OPEN here.
+        (run_directory / "ctx").mkdir(exist_ok=True)
+        os.chmod(run_directory / "ctx", 0o1777)
+
+    def fileno(self) -> int:
+        """For the event loop."""
+        return self._socket.fileno()
+
+    def serve(self, limit: int = 16) -> int:
+        """Serve up to `limit` waiting datagrams; returns how many there were."""
+        for served in range(limit):
+            try:
+                message, ancillary, _, _ = self._socket.recvmsg(
+                    _MAX_DATAGRAM, socket.CMSG_SPACE(_CREDENTIALS.size), socket.MSG_DONTWAIT
+                )
+            except (BlockingIOError, InterruptedError):
+                return served
+            for level, kind, data in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                    self._datagram(message, *_CREDENTIALS.unpack(data[: _CREDENTIALS.size]))
+        return limit
+
+    def _datagram(self, message: bytes, pid: int, uid: int, gid: int) -> None:
+        if len(message) < _REQUEST.size:
+            return
+        magic, version, kind, sequence, _, name = _REQUEST.unpack_from(message)
+        if magic != MAGIC or version != LAYOUT_VERSION:
+            return
+        name = name.rstrip(b"\0")
+        if kind == _KIND_OPEN:
+            self._open(name, pid, uid, gid)
+        elif kind == _KIND_COMMAND:
+            context = self._adapter.contexts.get(name.decode("ascii", "replace"))
+            # A wrong pid: a forked child, or somebody who guesses. There is nobody to answer to.
+            if context is not None and context.pid == pid:
+                self._command(context, sequence, message[_REQUEST.size :])
+
+    # -- opening ------------------------------------------------------------------------------------------------
+
+    def _open(self, name: bytes, pid: int, uid: int, gid: int) -> None:
+        if not _OPEN_NAME.fullmatch(name):
+            return
+        try:
+            answer = os.open(
+                self._run / "ctx" / name.decode(), os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+            )
+        except OSError:
+            return
+        try:
+            if not stat.S_ISFIFO(os.fstat(answer).st_mode):
+                return
+            try:
+                context = self._new_context(pid, uid, gid)
+            except (OSError, VerbsError) as error:
+                number = error.number if isinstance(error, VerbsError) else error.errno or errno.EIO
+                os.write(answer, _OPENED.pack(number, 0, 0, LAYOUT_VERSION, b""))
+                return
+            os.write(answer, _OPENED.pack(0, *DEVICE_NUMBER, LAYOUT_VERSION, context.id.encode()))
+        except OSError:
+            return  # the program went away while it waited; its pidfd says so too
+        finally:
+            os.close(answer)
+
+    def _new_context(self, pid: int, uid: int, gid: int) -> Context:
+        inner = inner_pid_of(pid)
+        while True:
+            identifier = f"{self._adapter.number_base}-{self._counter}"
+            self._counter += 1
+            if identifier not in self._adapter.contexts and not (self._run / "ctx" / identifier).exists():
+                break
+        channel = FileChannel(self._run, identifier, (uid, gid))
+        context = Context(identifier, pid, inner, channel, ProcessMemory(pid))
+        self._adapter.contexts[identifier] = context
+        self._opened(context)
+        return context
+
+    # -- commands -----------------------------------------------------------------------------------------------
+
+    def _command(self, context: Context, sequence: int, message: bytes) -> None:
+        self._ring(context)  # a doorbell rung before this command comes first
+        started = time.monotonic()
+        error, data, install = 0, b"", ""
+        operation = -1
+        try:
+            operation, _in_words, out_words = abi.HEADER.unpack_from(message)
+            handler = HANDLERS.get(operation)
+            if handler is None:
+                raise VerbsError(errno.EOPNOTSUPP)
+            body = memoryview(message)[abi.HEADER.size :]
+            if operation & abi.EXTENDED:
+                _, _provider_in, provider_out, _ = abi.EX_HEADER.unpack_from(body)
+                answer = handler(self._adapter, context, body[abi.EX_HEADER.size :])
+                core = answer.data[: 8 * out_words].ljust(8 * out_words, b"\0")
+                data = core + answer.provider[: 8 * provider_out]
+            else:
+                answer = handler(self._adapter, context, body)
+                data = answer.data[: 4 * out_words]
+            data, install = data[:MAILBOX_DATA], answer.install
+        except NotYet:
+            self._waiting.append(_Waiting(context, sequence, message, started + _NEIGHBOUR_TIMEOUT))
+            return
+        except VerbsError as fault:
+            error = fault.number
+            if self.trace:
+                self.trace(f"{context.id} {_name(operation)}: {fault}")
+        except (struct.error, IndexError):
+            error = errno.EINVAL  # a command shorter than its structure
+        context.channel.answer(sequence, error, data, install)
+        if self.trace:
+            took = (time.monotonic() - started) * 1e6
+            self.trace(f"{context.id} {_name(operation)} in={len(message)} error={error} {took:.0f}us")
+
+    @property
+    def waiting(self) -> bool:
+        """Whether commands wait for a neighbour: call `retry` every few milliseconds."""
+        return bool(self._waiting)
+
+    def retry(self, now: float) -> None:
+        """Try the waiting commands again; those that waited too long are answered ETIMEDOUT."""
+        waiting, self._waiting = self._waiting, []
+        for item in waiting:
+            if item.context.id not in self._adapter.contexts:
+                continue
+            if now >= item.deadline:
+                item.context.channel.answer(item.sequence, errno.ETIMEDOUT)
+                continue
+            deadline = item.deadline
+            self._command(item.context, item.sequence, item.message)
+            if self._waiting and self._waiting[-1].sequence == item.sequence:
+                self._waiting[-1].deadline = deadline
+
+    def fail_waiting(self, context: Context) -> None:
+        """Answer what waits in `context` now (a checkpoint must not find a command under way)."""
+        for item in [item for item in self._waiting if item.context is context]:
+            self._waiting.remove(item)
+            context.channel.answer(item.sequence, errno.ETIMEDOUT)
+
+    def close(self) -> None:
+        """Close and remove the socket."""
+        self._socket.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _name(operation: int) -> str:
+    try:
+        return abi.Command(operation).name
+    except ValueError:
+        return f"command {operation:#x}"
