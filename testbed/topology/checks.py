@@ -176,7 +176,7 @@ def _reachability(view: View) -> Iterator[Problem]:
             return
         neighbours[a].add(b)
         neighbours[b].add(a)
-    start = max(neighbours, key=lambda name: len(neighbours[name]))
+    start = max(view.switches or neighbours, key=lambda name: len(neighbours[name]))
     seen, todo = {start}, [start]
     while todo:
         for name in neighbours[todo.pop()] - seen:

@@ -47,7 +47,7 @@ def fraction(value: Any) -> float:
         number = float(value)
     if 0 <= number < 1:
         return number
-    hint = f"; hint: {value}%" if isinstance(value, int | float) and 1 <= value < 100 else ""
+    hint = f"; hint: did you mean {value}%?" if isinstance(value, int | float) and 1 <= value < 100 else ""
     raise PydanticCustomError(
         "fraction",
         "not a share; allowed: 0 up to (not including) 1, or a percentage such as 0.1%{hint}",
