@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Protocol
 
+from softroce_ext.transport.interfaces import CompletionQueue, Memory, MemoryFault
 from softroce_ext.transport.qp import QueuePair
-from softroce_ext.wire.frame import Buffer, Path
+from softroce_ext.transport.responder import RequestFault, refuse
+from softroce_ext.transport.verbs import QpEvent, WcStatus
+from softroce_ext.wire.frame import Buffer, Path, parse
+from softroce_ext.wire.headers import NAK_REMOTE_OPERATIONAL
 
 
 class FrameSink(Protocol):
@@ -24,7 +30,7 @@ class FrameSink(Protocol):
 
 @dataclass(slots=True)
 class EngineConfig:
-    """Constants of the transport, all with rxe's values."""
+    """Constants of the transport; where rxe has one, its value."""
 
     migros: bool = True
     """Announce and use the migration extension; without it the packets are those of rxe."""
@@ -45,55 +51,153 @@ class EngineConfig:
     """Seconds after which an unanswered RESUME makes the queue pair fail (QP_FATAL)."""
 
 
+Completion = tuple[QueuePair, CompletionQueue, int, int, int, int, int, int, int, int, bool]
+"""A completion that waits for the end of the batch: its queue pair, its CQ, and the arguments of `push`."""
+
+_RECEIVE_OPCODES = 0x80
+_READ_AND_ATOMICS = frozenset({2, 3, 4})
+
+
 class Engine:
     """All queue pairs of one NIC. Not re-entrant; the caller's loop is:
 
     receive(…) for each frame of a batch, end_of_batch(now), ring(qp) for doorbells, on_timer(now) when next_timer() has
-    come, frames_to_send(now, sink) until it returns 0.
+    come (after what was received, so that an ACK that is already here counts), frames_to_send(now, sink) until it
+    returns 0.
     """
 
-    counters: dict[str, int]
-    """Plain counters by name; rxe's hw_counters names where they exist. Unknown keys may be added by the caller."""
-    qps: dict[int, QueuePair]
-
     def __init__(self, config: EngineConfig | None = None) -> None:
-        raise NotImplementedError
+        self.config = config or EngineConfig()
+        self.counters: dict[str, int] = defaultdict(int)
+        """Counts by name, rxe's hw_counters names where they exist; callers may add their own."""
+        self.qps: dict[int, QueuePair] = {}
+        self.ready: deque[QueuePair] = deque()
+        """Queue pairs that may have something to send, in turn."""
+        self.touched: list[QueuePair] = []
+        """Queue pairs that received something in this batch."""
+        self.written: dict[int, tuple[Memory, set[QueuePair]]] = {}
+        """Memories with unflushed writes, and whose they are; by identity."""
+        self.completions: list[Completion] = []
+        self._timers: list[tuple[float, int]] = []
 
     def add_qp(self, qp: QueuePair) -> None:
         """Take a queue pair in. Raises ValueError when its number is taken."""
-        raise NotImplementedError
+        qpn = qp.context.qpn
+        if qpn in self.qps:
+            raise ValueError(f"queue pair {qpn} exists already")
+        self.qps[qpn] = qp
+        qp.attach(self)
 
     def remove_qp(self, qpn: int) -> None:
         """Forget a queue pair without a packet or a completion (destroy, discard). Unknown numbers are ignored."""
-        raise NotImplementedError
+        qp = self.qps.pop(qpn, None)
+        if qp is None:
+            return
+        if qp.ready:
+            qp.ready = False
+            self.ready.remove(qp)
+        if qp.touched:
+            qp.touched = False
+            self.touched.remove(qp)
+        self.completions = [entry for entry in self.completions if entry[0] is not qp]
 
     def receive(self, frame: memoryview, now: float) -> None:
         """HOT. Take one received Ethernet frame; never raises for what is in it.
 
         The frame's buffer must stay valid until `end_of_batch` has returned.
         """
-        raise NotImplementedError
+        packet = parse(frame)
+        counters = self.counters
+        if isinstance(packet, str):
+            counters["refused_" + packet] += 1
+            return
+        counters["rcvd_pkts"] += 1
+        qp = self.qps.get(packet.destination_qpn)
+        if qp is None:
+            counters["refused_qpn"] += 1
+            return
+        qp.receive(packet, now)
 
     def end_of_batch(self, now: float) -> None:
         """Flush memory, then publish the batch's completions and queue its (coalesced) ACKs."""
-        raise NotImplementedError
+        if self.written:
+            written, self.written = self.written, {}
+            for memory, writers in written.values():
+                try:
+                    memory.flush()
+                except MemoryFault:
+                    for qp in writers:
+                        self._memory_gone(qp)
+        touched, self.touched = self.touched, []
+        for qp in touched:
+            qp.end_of_batch()
+        if self.completions:
+            self.publish()
 
     def ring(self, qp: QueuePair) -> None:
         """Doorbell: the application may have posted send work requests (in ERR: posted work of any kind is flushed)."""
-        raise NotImplementedError
+        qp.make_ready()
 
     def on_timer(self, now: float) -> None:
         """Let every timer that is due act; completions it causes are published before it returns."""
-        raise NotImplementedError
+        timers = self._timers
+        while timers and timers[0][0] <= now:
+            when, qpn = heappop(timers)
+            qp = self.qps.get(qpn)
+            if qp is not None and qp.heap_at == when:  # otherwise an earlier entry has replaced this one
+                qp.on_timer(now)
+        if self.completions:
+            self.publish()
 
     def next_timer(self) -> float | None:
         """When `on_timer` should be called at the latest (seconds, the caller's clock), or None. May be early."""
-        raise NotImplementedError
+        return self._timers[0][0] if self._timers else None
 
     def frames_to_send(self, now: float, sink: FrameSink) -> int:
-        """HOT. Fill `sink` from the queue pairs in turn; returns the number of frames added, 0 when nothing is left."""
-        raise NotImplementedError
+        """HOT. Fill `sink` from the queue pairs in turn; returns the number of frames added, 0 when nothing is left.
+
+        Completions of requests that fail on their way out are published before it returns.
+        """
+        ready = self.ready
+        quantum = self.config.quantum
+        room = sink.room
+        total = 0
+        while ready and room > 0:
+            qp = ready.popleft()
+            qp.ready = False
+            sent = qp.transmit(now, sink, quantum if quantum < room else room)
+            total += sent
+            room -= sent
+            if qp.more:
+                qp.make_ready()
+        if total:
+            self.counters["sent_pkts"] += total
+        if self.completions:
+            self.publish()
+        return total
 
     def has_work(self) -> bool:
         """Whether `frames_to_send` would (probably) add frames now."""
-        raise NotImplementedError
+        return bool(self.ready)
+
+    def publish(self) -> None:
+        """Push the completions that were held back until memory was flushed."""
+        completions, self.completions = self.completions, []
+        for _, cq, wr_id, status, opcode, byte_len, imm, qpn, src_qp, flags, solicited in completions:
+            cq.push(wr_id, status, opcode, byte_len, imm, qpn, src_qp, flags, solicited)
+
+    def push_timer(self, when: float, qp: QueuePair) -> None:
+        """Have `qp.on_timer` called at `when`."""
+        heappush(self._timers, (when, qp.context.qpn))
+
+    def _memory_gone(self, qp: QueuePair) -> None:
+        """This batch's data could not be stored: what they would have completed fails, and the queue pair with it."""
+        self.completions = [
+            (*entry[:3], int(WcStatus.LOC_PROT_ERR), *entry[4:])
+            if entry[0] is qp and entry[3] == 0 and (entry[4] >= _RECEIVE_OPCODES or entry[4] in _READ_AND_ATOMICS)
+            else entry
+            for entry in self.completions
+        ]
+        qp.ack_pending = False
+        fault = RequestFault(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_PROT_ERR, QpEvent.QP_FATAL)
+        refuse(qp, qp.context.expected_psn - 1 & 0xFFFFFF, fault)

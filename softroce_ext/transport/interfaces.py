@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-type_Buffer = bytes | bytearray | memoryview
+Buffer = bytes | bytearray | memoryview
 
 
 class MemoryFault(Exception):
@@ -27,10 +27,10 @@ class ProtectionError(Exception):
 class Memory(Protocol):
     """One process's address space. Addresses are that process's virtual addresses, lengths are bytes."""
 
-    def read(self, address: int, length: int) -> type_Buffer:
+    def read(self, address: int, length: int) -> Buffer:
         """Return `length` bytes; the buffer is valid until the next call of `read`. Raises MemoryFault."""
 
-    def write(self, address: int, data: type_Buffer) -> None:
+    def write(self, address: int, data: Buffer) -> None:
         """Store `data`; may be deferred until `flush`, but `data` stays valid until then. Raises MemoryFault."""
 
     def flush(self) -> None:
@@ -120,6 +120,12 @@ class ProtectionDomain(Protocol):
 
     def remote(self, rkey: int, address: int, length: int, access: int) -> tuple[Memory, int]:
         """As `local`, for a remote key (a memory region or window). Raises ProtectionError."""
+
+    def invalidate(self, rkey: int, qpn: int) -> None:
+        """The partner's SEND_WITH_INV ends the use of `rkey` for queue pair `qpn`. Raises ProtectionError."""
+
+    def local_operation(self, wqe: SendWqe, qpn: int) -> None:
+        """Perform a LOCAL_INV or BIND_MW request of queue pair `qpn`. Raises ProtectionError when it is not allowed."""
 
 
 class EventSink(Protocol):

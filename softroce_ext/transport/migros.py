@@ -1,0 +1,240 @@
+"""MigrOS: a queue pair that stands still while it is moved, and its partner that waits (paper and facts: docs).
+
+*Stopped* is the end that moves: it sends no request, takes no answer, and answers the next request in order by
+NAK_STOPPED (AETH 0x65). *Paused* is its partner after that NAK: it sends no request until a RESUME (opcode 0x19)
+tells it that the other end runs again, and from which address.
+
+Differences from the proof of concept, each for a fault of it:
+
+* Both messages go only to a partner that announced the extension (reserved bit 0x40 of BTH byte 8 in each of its
+  packets): a stock NIC fails the connection on 0x65. A stock partner of a stopped queue pair gets silence.
+* The ACK of a RESUME carries `expected PSN - 1`, as any ACK: it acknowledges what was executed, and nothing more. It
+  is marked by reserved bit 0x20 of BTH byte 8.
+* RESUME has a timer of its own, with back-off and an end.
+* RESUME is believed only if its PSN lies within what the sender can have on the way. That keeps out old and stray
+  packets, not an attacker on the path: RoCE has no authentication.
+* It is always taken, also while one's own is unanswered. A Stopped end answers it by NAK_STOPPED, not by an ACK: that
+  only the end that finally runs may give, because what a stopped end learns after its dump is lost with it.
+* A Paused end takes answers still (they are true), pauses for a limited time, and goes on by itself when an answer
+  shows that the partner has executed what it had refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from softroce_ext.transport.context import Acknowledge, QpContext
+from softroce_ext.transport.requester import go_back
+from softroce_ext.transport.verbs import QpEvent, QpState
+from softroce_ext.wire import opcodes as op
+from softroce_ext.wire.frame import Packet, Path
+from softroce_ext.wire.headers import (
+    ACK_REQ,
+    ACK_UNLIMITED,
+    AETH_ACK,
+    AETH_KIND,
+    BTH_AETH,
+    MIGROS_CAPABLE,
+    MIGROS_RESUMED,
+    NAK_STOPPED,
+    PKEY_DEFAULT,
+    PSN_MASK,
+)
+
+if TYPE_CHECKING:
+    from softroce_ext.transport.engine import FrameSink
+    from softroce_ext.transport.qp import QueuePair
+
+CONNECTED = frozenset({int(QpState.RTR), int(QpState.RTS), int(QpState.SQD)})
+"""States in which there is a partner to speak to."""
+
+
+def speaks(qp: QueuePair) -> bool:
+    """Whether both ends speak MigrOS."""
+    return qp.config.migros and qp.context.peer_migros
+
+
+# --- the end that moves ---
+
+
+def stop(qp: QueuePair) -> None:
+    """Become Stopped; all that is unacknowledged stays as it is."""
+    context = qp.context
+    context.stopped = True
+    context.ack_deadline = context.rnr_deadline = context.resume_deadline = None
+
+
+def unstop(qp: QueuePair) -> None:
+    """Leave Stopped: as after a long silence, go back to the first unacknowledged PSN, with fresh retry counts."""
+    context = qp.context
+    context.stopped = False
+    context.nak_sent = False
+    context.retry_left = context.retry_cnt
+    context.rnr_left = context.rnr_retry
+    context.retry_started = False
+    context.rnr_deadline = None
+    context.pause_deadline = None
+    go_back(qp)
+
+
+def resume(qp: QueuePair, path: Path | None) -> None:
+    """Leave Stopped on `path` and have RESUME sent until it is acknowledged, if the partner understands it."""
+    context = qp.context
+    if path is not None:
+        context.path = path
+    unstop(qp)
+    if context.state in CONNECTED and speaks(qp):
+        context.resume_pending = True
+        context.resume_deadline = None
+        context.resume_wait = qp.config.resume_interval
+        context.resume_since = None
+
+
+def refuse_while_stopped(qp: QueuePair) -> None:
+    """The expected request came to a Stopped end: it is dropped, and the partner told if it understands."""
+    context = qp.context
+    if not speaks(qp):
+        return
+    qp.counters["sent_nak_stopped"] += 1
+    qp.flush_ack()
+    last = context.answers[-1] if context.answers else None
+    if isinstance(last, Acknowledge) and last.syndrome == NAK_STOPPED:
+        return  # one in a batch is enough
+    context.answers.append(Acknowledge(context.expected_psn, NAK_STOPPED, context.msn))
+
+
+def send_resume(qp: QueuePair, now: float, sink: FrameSink) -> int:
+    """Send RESUME if it is due; returns the number of frames."""
+    context = qp.context
+    if context.resume_deadline is not None and now < context.resume_deadline:
+        return 0
+    if context.resume_since is None:
+        context.resume_since = now
+    headers = BTH_AETH.pack(
+        op.RESUME << 24 | PKEY_DEFAULT, context.destination_qpn, (ACK_REQ | qp.capability) << 24 | context.una_psn,
+        ACK_UNLIMITED << 24 | context.msn,
+    )  # fmt: skip
+    assert context.path is not None
+    sink.add(context.path, headers, b"", 0)
+    qp.counters["sent_resume"] += 1
+    context.resume_deadline = now + context.resume_wait
+    context.resume_wait = min(2 * context.resume_wait, qp.config.resume_interval_limit)
+    qp.arm(context.resume_deadline)
+    return 1
+
+
+def resume_timer(qp: QueuePair, now: float) -> None:
+    """A RESUME went unanswered for its time: again, or give up."""
+    context = qp.context
+    if context.resume_since is not None and now - context.resume_since >= qp.config.resume_limit:
+        context.resume_pending = False
+        context.resume_deadline = None
+        qp.counters["resume_exceeded_err"] += 1
+        qp.enter_error(None, QpEvent.QP_FATAL)
+    else:
+        qp.make_ready()
+
+
+def resume_answer(qp: QueuePair, packet: Packet, now: float) -> bool:
+    """Look at an ACKNOWLEDGE while a RESUME is unanswered. Returns whether the packet is done with."""
+    context = qp.context
+    outstanding = context.high_psn - context.una_psn & PSN_MASK
+    executed = packet.psn + 1 - context.una_psn & PSN_MASK
+    syndrome = packet.raw[packet.headers_at]
+    if packet.ack_byte & MIGROS_RESUMED and syndrome & AETH_KIND == AETH_ACK and executed <= outstanding:
+        context.resume_pending = False
+        context.resume_deadline = context.resume_since = None
+        context.resume_acked_at = now
+        qp.counters["resume_acked"] += 1
+        _unpause(qp)
+        return False  # it acknowledges like any other
+    if syndrome == NAK_STOPPED and (packet.psn - context.una_psn & PSN_MASK) <= outstanding:
+        # The partner is being moved too: it will send a RESUME; ours goes on, since its new place must hear it.
+        context.resume_since = now
+        pause(qp, packet.psn, now)
+        return True
+    return False
+
+
+# --- its partner ---
+
+
+def stale_stop(qp: QueuePair, packet: Packet) -> bool:
+    """Whether a NAK_STOPPED is an old one, from the place that the partner has left."""
+    context = qp.context
+    return context.peer_mac_learnt and context.path is not None and packet.source_mac != context.path.destination_mac
+
+
+def pause(qp: QueuePair, psn: int, now: float) -> None:
+    """NAK_STOPPED for `psn`: become Paused. No completion, no error, no retry spent."""
+    context = qp.context
+    qp.counters["rcvd_nak_stopped"] += 1
+    context.paused = True
+    context.pause_psn = psn
+    context.pause_deadline = now + qp.config.pause_limit
+    qp.arm(context.pause_deadline)
+    context.rnr_deadline = None
+    go_back(qp)
+
+
+def answered_while_paused(qp: QueuePair) -> None:
+    """Something was acknowledged: when it is what the partner had refused, then it runs again."""
+    context = qp.context
+    if (context.una_psn - context.pause_psn - 1 & PSN_MASK) < PSN_MASK // 2:
+        _unpause(qp)
+
+
+def pause_timer(qp: QueuePair) -> None:
+    """No RESUME within the limit: try ordinary retransmission, which finds out what has become of the partner."""
+    qp.counters["pause_exceeded_err"] += 1
+    _unpause(qp)
+
+
+def _unpause(qp: QueuePair) -> None:
+    context = qp.context
+    context.paused = False
+    context.pause_deadline = None
+    context.retry_left = context.retry_cnt
+    context.rnr_left = context.rnr_retry
+    context.retry_started = False
+    go_back(qp)
+
+
+def receive_resume(qp: QueuePair, packet: Packet) -> None:
+    """A RESUME that `acceptable` let through: its source is where the partner lives now."""
+    context = qp.context
+    path = context.path
+    assert path is not None
+    qp.counters["rcvd_resume"] += 1
+    moved = packet.source_ip != path.destination_ip or packet.source_mac != path.destination_mac
+    if moved:
+        context.path = path.replace(destination_ip=packet.source_ip, destination_mac=packet.source_mac)
+    context.peer_mac_learnt = True
+    context.peer_migros = True
+    context.nak_sent = False
+    qp.flush_ack()
+    if context.stopped:
+        context.paused = False
+        refuse_while_stopped(qp)
+        return
+    context.answers.append(Acknowledge(context.expected_psn - 1 & PSN_MASK, ACK_UNLIMITED, context.msn, True))
+    if moved or context.paused:
+        _unpause(qp)
+        if context.resume_pending:
+            context.resume_deadline = None  # the partner's new place has not heard ours
+            context.resume_wait = qp.config.resume_interval
+
+
+def acceptable(qp: QueuePair, packet: Packet) -> bool:
+    """Whether to believe a RESUME: both speak MigrOS, it is for this address, and its PSN can be true.
+
+    The sender's first unacknowledged PSN is at most a window, and the last READ's responses, behind what is expected.
+    """
+    context: QpContext = qp.context
+    if not qp.config.migros or context.state not in CONNECTED or not packet.ack_byte & MIGROS_CAPABLE:
+        return False
+    path = context.path
+    if path is None or packet.addresses[len(packet.addresses) // 2 :] != path.source_ip:
+        return False
+    reach = qp.config.window + (context.resources[-1].packets if context.resources else 0)
+    return (context.expected_psn - packet.psn & PSN_MASK) <= reach

@@ -1,0 +1,62 @@
+"""Layouts of the transport headers (IBA 9.2 to 9.6), as precompiled Structs, and the numbers inside them."""
+
+from __future__ import annotations
+
+from struct import Struct
+
+PSN_MASK = 0xFFFFFF
+PSN_HALF = 0x800000
+"""`(a - b) & PSN_MASK < PSN_HALF` means: PSN a is b or after b (IBA 9.7.2, 24-bit circular)."""
+
+# BTH in three words: opcode, flags, P_Key | reserved/FECN/BECN, destination QPN | AckReq byte, PSN.
+# Flags byte: solicited event 0x80, MigReq 0x40, pad count 0x30, transport version 0x0f.
+BTH = Struct(">III")
+BTH_RETH = Struct(">IIIQII")
+BTH_RETH_IMM = Struct(">IIIQII4s")
+BTH_IMM = Struct(">III4s")
+BTH_IETH = Struct(">IIII")
+BTH_ATOMIC_ETH = Struct(">IIIQIQQ")
+BTH_AETH = Struct(">IIII")
+BTH_AETH_ATOMIC = Struct(">IIIIQ")
+
+RETH = Struct(">QII")
+"""Virtual address, rkey, DMA length."""
+ATOMIC_ETH = Struct(">QIQQ")
+"""Virtual address, rkey, swap or add data, compare data."""
+WORD = Struct(">I")
+"""AETH (syndrome << 24 | MSN) or IETH (rkey)."""
+AETH_ATOMIC = Struct(">IQ")
+"""AETH, original remote data."""
+
+PKEY_DEFAULT = 0xFFFF
+SOLICITED = 0x80 << 16
+"""The solicited-event bit in the BTH's first word."""
+PAD_SHIFT = 20
+"""The pad count's place in the BTH's first word."""
+
+ACK_REQ = 0x80
+"""AckReq, in BTH byte 8. The byte's other seven bits are reserved: stock NICs send 0 and ignore them."""
+MIGROS_CAPABLE = 0x40
+"""Reserved bit of the same byte: the sender speaks MigrOS (ours; inside the ICRC's coverage)."""
+MIGROS_RESUMED = 0x20
+"""Reserved bit of the same byte: this ACK answers a RESUME (ours)."""
+
+# AETH syndromes (IBA 9.7.5.1.2): the top three bits are the kind, the low five a credit count, RNR timer or NAK code.
+AETH_KIND = 0xE0
+AETH_ACK = 0x00
+AETH_RNR_NAK = 0x20
+AETH_NAK = 0x60
+ACK_UNLIMITED = 0x1F
+"""ACK with the credit code that means: credits are not limited."""
+NAK_PSN_SEQUENCE = 0x60
+NAK_INVALID_REQUEST = 0x61
+NAK_REMOTE_ACCESS = 0x62
+NAK_REMOTE_OPERATIONAL = 0x63
+NAK_STOPPED = 0x65
+"""MigrOS: the responder is being moved; wait for its RESUME."""
+
+RNR_TIMER = (
+    655.36, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.96, 1.28, 1.92,
+    2.56, 3.84, 5.12, 7.68, 10.24, 15.36, 20.48, 30.72, 40.96, 61.44, 81.92, 122.88, 163.84, 245.76, 327.68, 491.52,
+)  # fmt: skip
+"""Milliseconds by RNR NAK timer code (IBA table 45)."""
