@@ -140,7 +140,7 @@ class Applications:
         """Take in an agent's event."""
         if event["event"] == "app_exited" and event["app"] in self.all:  # experiments start programs of their own
             self._ended(host, str(event["app"]), event.get("code"), event.get("signal"), float(event["t"]))
-        elif event["event"] == "agent_gone":
+        elif event["event"] == "agent_gone" and event["reason"] != "closed":
             with self._changed:
                 lost = [name for name, app in self.all.items() if app.host == host and app.running]
             for name in lost:
@@ -232,7 +232,7 @@ class Applications:
         wrong = output.wrong_data(list(app.spec.argv), texts["stdout"]) if app.spec.check == "data" else None
         if wrong is not None:
             app.problems.append(summary.Problem(where=f"apps.{name}", error=f"its data check failed: {wrong}"))
-        if not app.as_expected and not app.timed_out:
+        if app.ended is not None and not app.as_expected and not app.timed_out:
             last = [line for line in texts["stderr"].splitlines() + texts["stdout"].splitlines() if line.strip()]
             expected = f" instead of {app.spec.expect}" if app.code is not None and app.spec.expect else ""
             app.problems.append(

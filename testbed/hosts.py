@@ -213,6 +213,7 @@ class Host:
         self._waiting: dict[int, concurrent.futures.Future[dict[str, Any]]] = {}
         self._hello = threading.Event()
         self._closed: str | None = None
+        self._closing = False
         self._reader = threading.Thread(target=self._read, name=f"host-{name}", daemon=True)
         self._reader.start()
 
@@ -303,6 +304,7 @@ class Host:
 
     def close(self, timeout: float = 10.0) -> None:
         """Let the agent end all that it started, then close the connection. Idempotent, never raises."""
+        self._closing = True
         try:
             if self._closed is None:
                 self.call("shutdown", timeout=timeout)
@@ -342,6 +344,7 @@ class Host:
         with self._lock:
             if self._closed is not None:
                 return
+            reason = "closed" if self._closing else reason
             self._closed = reason
             waiting, self._waiting = list(self._waiting.values()), {}
         for future in waiting:

@@ -33,6 +33,8 @@ from testbed.topology import ResolvedHost, ResolvedTopology
 COUNTER_INTERVAL: Final = 0.5
 """Seconds between two readings of a NIC's counters for the live view."""
 
+_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -71,7 +73,10 @@ def run(topology: ResolvedTopology, options: Options | None = None) -> report.Su
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP interrupt as Ctrl-C does. Only possible, and only needed, in the main thread."""
+    """SIGTERM and SIGHUP interrupt as Ctrl-C does, which does so itself even where a shell started us with it ignored.
+
+    Only possible, and only needed, in the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -79,7 +84,7 @@ def _signals() -> Iterator[None]:
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    old = {number: signal.signal(number, interrupt) for number in _INTERRUPTS}
     try:
         yield
     finally:
@@ -134,8 +139,9 @@ class _Run:
                 self.folder.event("limit", wanted=limit["wanted"], got=limit["got"], why=limit["why"])
             session = Session(self.topology, self.folder, state, network)
             self.session = session
-            criu = ahead.result()
-        self.environment = versions.collect(criu=criu, datapath=network.datapath, controller=network.controller_version)
+            self.environment = ahead.result().model_copy(
+                update={"datapath": network.datapath, "controller": network.controller_version}
+            )
         self.folder.write_environment(self.environment)
         self._connect(session)
         self._start_nics(session)
@@ -308,8 +314,7 @@ def _no_interrupt(tell: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    old = {number: signal.signal(number, lambda *_: tell()) for number in numbers}
+    old = {number: signal.signal(number, lambda *_: tell()) for number in _INTERRUPTS}
     try:
         yield
     finally:
@@ -317,8 +322,8 @@ def _no_interrupt(tell: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _prepare(migrations: bool) -> list[str] | None:
-    """What can be done while the network is built: compile, load paramiko, find CRIU. Gives CRIU's command."""
+def _prepare(migrations: bool) -> report.Environment:
+    """What can be done while the network is built: compile, load paramiko, find CRIU, ask for versions."""
     import paramiko  # noqa: F401 - 0.2 s that the connections then do not wait for
 
     from softroce_ext.native import build
@@ -329,11 +334,12 @@ def _prepare(migrations: bool) -> list[str] | None:
     except build.BuildError as error:
         raise EnvironmentProblem(str(error), where="softroce_ext/native") from error
     try:
-        return criu_binary.find()
+        criu = criu_binary.find()
     except TestbedError:
         if migrations:
             raise
-        return None
+        criu = None
+    return versions.collect(criu=criu)
 
 
 def _in_parallel(act: Callable[[Any], None], items: list[Any]) -> None:
