@@ -10,15 +10,16 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from testbed.errors import RunFailed
 from testbed.output import Row, measured
 
 
-class Unreadable(ValueError):
+class Unreadable(RunFailed):
     """A program's output does not hold what was looked for (it failed, or another version prints differently)."""
 
     def __init__(self, program: str, output: str) -> None:
         tail = "\n".join(output.strip().splitlines()[-8:]) or "(nothing)"
-        super().__init__(f"{program} printed no result; it ended with:\n{tail}")
+        super().__init__(f"`{program}` printed no result; it ended with:\n{tail}")
 
 
 def _last(argv: Sequence[str], output: str, *names: str) -> float:

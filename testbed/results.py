@@ -97,7 +97,7 @@ class RunFolder:
         """Call `listener(event)` for each event from now on, in the thread that reports it."""
         self._listeners.append(listener)
 
-    def event(self, name: str, /, *, at: float | None = None, **fields: Any) -> None:
+    def event(self, name: str, /, *, at: Any = None, **fields: Any) -> None:  # at: Any, for `**fields` of callers
         """Record that something happened now, or at time.monotonic() `at`. Names and fields: testbed.events.EVENTS."""
         events.check(name, fields)
         record = {"t": round(self.now() if at is None else self.since_start(at), 6), "event": name, **fields}

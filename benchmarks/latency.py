@@ -1,0 +1,73 @@
+"""RDMA latency over the kernel's on the same path: `sudo .venv/bin/python benchmarks/latency.py [--json]`.
+
+`ib_send_lat` (64 bytes, typical, which is half a round trip) over half of `ping`'s median round trip, both unmodified,
+between the same two virtual hosts through the same switch, in turn within one run. `ratio_to_ping` is the median of
+the pairs' ratios; less is better. `ib_send_lat` waits for completion events (-e): with polling, two programs and two
+NICs would fight for this machine's CPUs; `--polling` measures that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from testbed.bench import Bench, one_switch, script, with_hosts
+from testbed.measure import latency, ping
+from testbed.stats import paired_ratio
+
+SEND = ["ib_send_lat", "-F", "-x", "1", "-s", "64"]
+
+
+def measure(bench: Bench, pairs: int, iterations: int, polling: bool) -> dict[str, Any]:
+    """Alternate both programs; the numbers of each and the ratio."""
+    rdma: list[float] = []
+    half_pings: list[float] = []
+    address = bench.session.topology.hosts["h2"].ip
+    argv = [*SEND, "-n", str(iterations), *([] if polling else ["-e"])]
+    echo = ["ping", "-n", "-s", "64", "-i", "0.002", "-c", str(iterations), address]
+    for _ in range(pairs):
+        rdma.append(latency(argv, bench.pair(("h2", argv), ("h1", [*argv, address]))))
+        half_pings.append(statistics.median(ping(bench.alone("h1", echo))) / 2)
+    ratio = paired_ratio(rdma, half_pings)
+    return {
+        "ratio_to_ping": ratio.median,
+        "interval": [ratio.low, ratio.high],
+        "n": ratio.n,
+        "ib_send_lat_us": rdma,
+        "half_ping_us": half_pings,
+        "command": " ".join(argv),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the result as JSON only")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of measurements (default 5)")
+    parser.add_argument("--iterations", type=int, default=1000, help="messages of each measurement (default 1000)")
+    parser.add_argument("--polling", action="store_true", help="ib_send_lat polls in place of waiting for events")
+    options = parser.parse_args()
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with_hosts(
+            one_switch("latency", {"h1": {}, "h2": {}}),
+            lambda bench: result.update(measure(bench, options.pairs, options.iterations, options.polling)),
+            results=Path(folder),
+        )
+    if options.json:
+        print(json.dumps(result))
+    else:
+        low, high = result["interval"]
+        rows = zip(result["ib_send_lat_us"], result["half_ping_us"], strict=True)
+        for number, (rdma, half) in enumerate(rows, start=1):
+            print(f"pair {number}: ib_send_lat {rdma:.1f} µs, half a ping {half:.1f} µs")
+        interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+        print(f"ratio_to_ping {result['ratio_to_ping']:.2f}{interval} n={result['n']} (less is better)")
+    return 0
+
+
+if __name__ == "__main__":
+    script(main)
