@@ -1,6 +1,7 @@
 """What an agent does for a migration: the operations of the source and of the destination.
 
     destination                                   source
+                                                  migrate_begin    what is known of the program
     migrate_prepare   receiver and `criu restore`
                       started, both waiting
                                                   migrate_send     freeze → stop the NIC → dump the NIC's objects ∥ the
@@ -131,6 +132,20 @@ def _workspace(agent: Agent, migration: str, side: str) -> Path:
 # ---- the source ------------------------------------------------------------------------------------------------------
 
 
+@operation("migrate_begin")
+def migrate_begin(agent: Agent, *, app: str) -> dict[str, Any]:
+    """What the destination and the harness have to know of an application that is about to leave: {argv, env, pids}.
+
+    Fails where this host could not checkpoint it: it has ended, or no CRIU works here.
+    """
+    found = apps.find_app(agent, app)
+    if found.ended is not None:
+        raise OperationError(f"application {app!r} has ended already")
+    with _blame():
+        criu_binary.find()
+    return {"argv": found.argv, "env": found.env, "pids": sorted(namespace_members(found.init))}
+
+
 @operation("migrate_send")
 def migrate_send(
     agent: Agent, *, migration: str, app: str, address: str, port: int, token: str, source: str | None = None
@@ -138,7 +153,7 @@ def migrate_send(
     """Freeze the application, dump it and its NIC objects, and bring both to the destination. It stays frozen.
 
     `address`, `port`, `token`: the destination's receiver (`migrate_prepare`); `source`: own node address to send from.
-    Returns {contexts, qps, image_bytes, nic_image_bytes, app_bytes, bytes}. After an error the application runs on here.
+    Returns {contexts, image_bytes, nic_image_bytes, app_bytes, bytes}. After an error the application runs on here.
     """
     found = apps.find_app(agent, app)
     if found.ended is not None:
@@ -237,7 +252,7 @@ def migrate_rollback(agent: Agent, *, migration: str) -> dict[str, Any]:
 
 
 def _roll_back(agent: Agent, move: Outgoing) -> None:
-    """CRIU resumes the tree, then the NIC its objects: a RESUME may only come when somebody is there to take the rest."""
+    """CRIU resumes the tree, then the NIC its objects: what a RESUME brings needs somebody to take it."""
     if move.done:
         return
     move.done = True
@@ -287,9 +302,7 @@ def migrate_prepare(
         criu = criu_binary.usable()
         if agent.nic is not None:
             running_nic(agent).command("status", {}, NIC_SECONDS)
-        move = Incoming(
-            migration, app, argv, env, _workspace(agent, migration, "in"), Receiver(listen)
-        )
+        move = Incoming(migration, app, argv, env, _workspace(agent, migration, "in"), Receiver(listen))
         _INCOMING[migration] = move
         agent.at_end(lambda: _abort(agent, move))
         try:

@@ -7,6 +7,7 @@ kernel closes the socket) for a "no". So an agent that dies leaves no program fr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -24,7 +25,7 @@ MAX_SOCKET_PATH = 107
 
 
 class CriuFailed(Exception):
-    """CRIU gave up, ended early or did not call in time. The text is for the user: CRIU's own reason if there is one."""
+    """CRIU gave up, ended early or did not call in time. The text has CRIU's own reason if there is one."""
 
 
 @dataclass(slots=True)
@@ -41,10 +42,8 @@ class Call:
 
     def answer(self, go: bool) -> None:
         """Let CRIU carry on, or refuse. A CRIU that is gone already is no error here: its exit status tells."""
-        try:
+        with contextlib.suppress(OSError):
             self._connection.sendall(b"go\n" if go else b"abort\n")
-        except OSError:
-            pass
 
 
 class Hooks:
@@ -123,6 +122,7 @@ class Hooks:
         self._connections.clear()
         self._listener.close()
         self.path.unlink(missing_ok=True)
+
 
 _HARMLESS = ("rlimit: Can't setup RLIMIT_NOFILE", "Unable to detach from", "Dumping FAILED", "Restoring FAILED")
 """What CRIU logs as an error although it is none, or is only the consequence of the one before."""

@@ -1,4 +1,4 @@
-"""What CRIU leaves at the source after a checkpoint that moved TCP connections: a netfilter table that drops their segments.
+"""What CRIU leaves at the source of moved TCP connections: a netfilter table that drops their segments.
 
 After a commit the lock is useful until the address has left the source: a late segment would otherwise meet no socket
 and be answered with a reset that kills the moved connection. Then it is removed.

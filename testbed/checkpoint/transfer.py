@@ -1,5 +1,6 @@
-"""Files from one agent to another, over TCP between node addresses: checkpoint images, the NIC's image, an application's
-folder. The bytes cross the emulated data network, so that their time is the topology's.
+"""Files from one agent to another, over TCP between node addresses.
+
+Checkpoint images, the NIC's image, an application's folder. The bytes cross the emulated data network, so that their time is the topology's.
 
     sender                                             receiver
     {"token"}\\n                                    →   wrong token: closed without a word
@@ -15,6 +16,7 @@ moment, so that its answer is not lost in a reset; the sender reports that answe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import mmap
@@ -61,8 +63,8 @@ class Entry:
 class Received:
     """What has arrived."""
 
-    bytes: int = 0
-    """Content of all files."""
+    size: int = 0
+    """Bytes of all files."""
     kept: dict[str, bytes] = field(default_factory=dict)
     """Files that the receiver wanted in memory instead, by name."""
     began: float = 0.0
@@ -105,7 +107,7 @@ class Sender:
             raise TransferFailed(f"the destination broke off: {error.strerror or error}") from error
 
     def send(self, entries: Iterable[Entry]) -> int:
-        """Send the entries; returns the bytes of content once the receiver has stored them all. Raises TransferFailed."""
+        """Send the entries; returns the bytes of content once all are stored there. Raises TransferFailed."""
         listed = list(entries)
         heads = [_describe(entry) for entry in listed]
         total = sum(int(head["size"]) for head in heads)
@@ -196,10 +198,8 @@ class Receiver:
             os.close(self._wake_write)
             self._wake_write = -1
         if self._connection is not None:
-            try:
+            with contextlib.suppress(OSError):  # it may have ended by itself
                 self._connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # ended by itself
 
     def receive(self, folders: dict[str, Path], keep: Iterable[str] = (), timeout: float = 600.0) -> Received:
         """Wait for the sender and store what it sends. Raises TransferFailed, after telling the sender why.
@@ -221,7 +221,7 @@ class Receiver:
                 except TransferFailed as failure:
                     _refuse(connection, str(failure))
                     raise
-                connection.sendall(json.dumps({"ok": True, "bytes": received.bytes}).encode() + b"\n")
+                connection.sendall(json.dumps({"ok": True, "bytes": received.size}).encode() + b"\n")
                 return received
         except (OSError, ValueError, KeyError) as error:
             raise TransferFailed(f"the source broke off: {error}") from error
@@ -234,7 +234,7 @@ class Receiver:
         deadline = time.monotonic() + timeout
         while True:
             left = max(0.0, deadline - time.monotonic())
-            ready = select.select([self._listener, self._wake_read], [], [], left)[0]
+            ready = select.select([self._listener.fileno(), self._wake_read], [], [], left)[0]
             if not ready:
                 raise TransferFailed(f"no image came within {timeout:g} s")
             if self._wake_read in ready:
@@ -324,7 +324,7 @@ def _store(stream: _Stream, folders: dict[str, Path], keep: frozenset[str], rece
             os.chown(path, int(head["uid"]), int(head["gid"]))
     except OSError as error:
         raise TransferFailed(f"{path}: {error.strerror or error}") from error
-    received.bytes += size
+    received.size += size
 
 
 def _verify(stream: _Stream, checksum: int, what: str) -> None:
@@ -359,7 +359,7 @@ def _write(stream: _Stream, path: Path, size: int) -> None:
 
 
 def _refuse(connection: socket.socket, why: str) -> None:
-    """Tell the sender and let it finish its sentence: closing at once would reset the connection and lose the answer."""
+    """Tell the sender and let it finish its sentence: closing at once would reset and lose the answer."""
     try:
         connection.sendall(json.dumps({"ok": False, "error": why}).encode() + b"\n")
         connection.shutdown(socket.SHUT_WR)

@@ -7,6 +7,7 @@ partner `p` reaches is decided by its neighbour table, as the controller's flows
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -56,10 +57,8 @@ class _Pipes:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):
             self.process.stdin.close()
-        except OSError:
-            pass
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:

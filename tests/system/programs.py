@@ -26,8 +26,8 @@ except OSError as error:
 print("end of stream")
 """
 
-# Sends numbered lines as fast as they come back, for argv[2] seconds; prints the longest wait in ms. Ends with 0 only if
-# every line came back whole and in order.
+# Sends numbered lines as fast as they come back, for argv[2] seconds; prints how many, and the longest wait in ms.
+# Ends with 0 only if every line came back whole and in order.
 ECHO_CLIENT = """
 import socket, sys, time
 connection = socket.create_connection((sys.argv[1], 7777))

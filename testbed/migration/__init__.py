@@ -1,0 +1,31 @@
+"""Moving one running program to another host: phases in order, each timed, each with an undo.
+
+What lives here: the order of the phases and of their undoing (`move`), the list of undo steps (`undo`), when each phase
+began and ended (`timeline`), and what the NICs counted and when completions came around it (`observe`). The work itself
+is done by the agents (`testbed.checkpoint.agent_ops`) and the controller.
+
+May import: `testbed.session`, `testbed.hosts`, `testbed.summary`, `testbed.errors`, `testbed.topology`. Whoever runs a
+topology calls `migrate` and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from testbed import summary
+from testbed.migration.move import Move
+from testbed.topology import ResolvedMigration
+
+if TYPE_CHECKING:
+    from testbed.session import Session
+
+__all__ = ["migrate"]
+
+
+def migrate(session: Session, migration: ResolvedMigration) -> summary.Migration:
+    """Move the program; returns the record of how it went, a failure included.
+
+    Reports to the session's folder as it goes. Any error before the destination's NIC has resumed leaves the program
+    running at the source (`rolled_back`); what else may come out of here is a defect, after the same rolling back.
+    """
+    return Move(session, migration).run()

@@ -1,0 +1,292 @@
+"""One migration from its first to its last phase.
+
+    phase                       who                         undone by
+    prepare                     destination, controller     abort there, flows withdrawn
+    freeze stop dump_nic
+    dump_process transfer       source                      CRIU resumes the program, the NIC its queue pairs
+    restore_nic
+    restore_process             destination                 abort there
+    reroute                     controller                  flows put back
+    resume thaw                 destination                 — no way back: partners were answered from there
+    commit                      source                      — nothing left that could fail the migration
+
+The long way from freeze to restore runs from agent to agent without the harness, so that its latency is not part of the
+blackout. Undoing goes in reverse order: first the packets find the source again, then the destination forgets, then the
+source goes on and says so by a RESUME of its own.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+from testbed import summary
+from testbed.errors import MigrationFailed, TestbedError
+from testbed.migration import observe
+from testbed.migration.timeline import Timeline
+from testbed.migration.undo import Undo
+from testbed.topology import ResolvedMigration
+
+if TYPE_CHECKING:
+    from testbed.controller.client import ControllerClient
+    from testbed.session import Session
+
+CARRY_SECONDS = 900.0
+"""Bound on everything from freeze to transfer: a large memory over a slow emulated link takes its time."""
+UNDO_SECONDS = 180.0
+"""Bound on one undo step."""
+
+
+class Move:
+    """One migration. `run` is called once, from one thread."""
+
+    def __init__(self, session: Session, migration: ResolvedMigration) -> None:
+        self._session = session
+        self._migration = migration
+        self._name = f"{migration.index}-{migration.app}"
+        self._keep = migration.address == "keep"
+        self._source = session.hosts[migration.source]
+        self._target = session.hosts[migration.to]
+        self._undo = Undo()
+        self._timeline = Timeline(self._name, migration.index, session.folder.event)
+        self._sent: dict[str, Any] = {}
+        self._began = 0.0
+        self._thawed = 0.0
+        self._notes: list[str] = []
+        self._gaps_here: observe.Gaps | None = None
+        self._gaps_there: observe.Gaps | None = None
+        self._gaps_partners: list[observe.Gaps] = []
+
+    def run(self) -> summary.Migration:
+        """As `testbed.migration.migrate`."""
+        move, folder = self._migration, self._session.folder
+        folder.event("migration_started", index=move.index, app=move.app, from_host=move.source, to_host=move.to)
+        self._began = time.monotonic()
+        for host in (self._source, self._target):
+            host.subscribe(self._timeline.listen)
+        counted = {name: observe.counters(host) for name, host in self._session.hosts.items()}
+        failure: TestbedError | None = None
+        rolled_back = False
+        try:
+            with self._session.controller() as controller:
+                self._phases(controller)
+        except TestbedError as error:
+            failure, rolled_back = error, self._fail()
+        except BaseException:
+            self._fail()
+            raise
+        record = self._record(failure, rolled_back, counted)
+        folder.event(
+            "migration_finished",
+            index=move.index,
+            ok=record.ok,
+            rolled_back=record.rolled_back,
+            **({"error": record.error} if record.error else {}),
+            blackout_ms=record.blackout_ms,
+            partner_gap_ms=record.partner_gap_ms,
+        )
+        return record
+
+    # ---- the phases --------------------------------------------------------------------------------------------------
+
+    def _phases(self, controller: ControllerClient) -> None:
+        move, timeline = self._migration, self._timeline
+        with timeline.phase("prepare"):
+            offer = self._prepare(controller)
+        arriving = self._target.begin(
+            "migrate_receive",
+            migration=self._name,
+            addresses_moved={move.ip_before: move.ip_after},
+            add_address=move.ip_after if self._keep else None,
+            prefix=self._session.topology.hosts[move.to].prefix,
+        )
+        self._carry(offer, arriving)
+        self._target.result(arriving, "migrate_receive", CARRY_SECONDS)
+        with timeline.phase("reroute"):
+            if self._keep:
+                self._tell_flows(controller.move(move.ip_before, move.to))
+        self._resume()
+        self._commit()
+
+    def _prepare(self, controller: ControllerClient) -> dict[str, Any]:
+        """Both ends and the switches get ready; nothing touches the program. The destination's offer."""
+        move = self._migration
+        about = self._source.call("migrate_begin", app=move.app)
+        self._watch_gaps(about["pids"])
+        self._undo.add(
+            f"clean-up at {move.to}",
+            lambda: self._target.call("migrate_abort", migration=self._name, timeout=UNDO_SECONDS),
+        )
+        offer = self._target.call(
+            "migrate_prepare",
+            migration=self._name,
+            app=move.app,
+            argv=about["argv"],
+            env=about["env"],
+            listen=self._session.topology.hosts[move.to].node_ip,
+        )
+        if self._keep:
+            # One step for preparation and move: undoing twice would be moving it there again.
+            self._undo.add("flows back to the source", lambda: controller.undo_move(move.ip_before))
+            self._tell_flows(controller.prepare_move(move.ip_before, move.to))
+        return offer
+
+    def _carry(self, offer: dict[str, Any], arriving: concurrent.futures.Future[dict[str, Any]]) -> None:
+        """Freeze to transfer. If the destination gives up meanwhile, its reason is the one to tell."""
+        move, hosts = self._migration, self._session.topology.hosts
+        self._undo.add_last(
+            f"{move.app} goes on at {move.source}",
+            lambda: self._source.call("migrate_rollback", migration=self._name, timeout=UNDO_SECONDS),
+        )
+        try:
+            self._sent = self._source.call(
+                "migrate_send",
+                migration=self._name,
+                app=move.app,
+                address=hosts[move.to].node_ip,
+                port=offer["port"],
+                token=offer["token"],
+                source=hosts[move.source].node_ip,
+                timeout=CARRY_SECONDS,
+            )
+        except TestbedError:
+            if arriving.done():
+                self._target.result(arriving, "migrate_receive")
+            raise
+
+    def _resume(self) -> None:
+        """RESUME and thaw. From the moment that the NIC resumes, there is no way back."""
+        try:
+            self._target.call("migrate_resume", migration=self._name, source_ip=self._migration.ip_after)
+        except TestbedError as error:
+            if not self._timeline.resumed:
+                raise
+            self._undo.forget()
+            raise MigrationFailed(
+                f"{error.message}; partners had been answered from {self._migration.to} already, so "
+                f"{self._migration.app} could not go on at {self._migration.source}",
+                phase=self._timeline.unfinished or "resume",
+                rolled_back=False,
+                where=error.where,
+                hint=error.hint,
+            ) from error
+        self._undo.forget()
+        self._thawed = self._timeline.ended.get("thaw", time.monotonic())
+
+    def _commit(self) -> None:
+        """The program runs at the destination, whatever happens now at the source."""
+        move = self._migration
+        self._session.apps.moved(move.app, move.to)
+        try:
+            answer = self._source.call(
+                "migrate_commit",
+                migration=self._name,
+                remove_address=move.ip_before if self._keep else None,
+                timeout=UNDO_SECONDS,
+            )
+            self._notes += [f"clean-up at {move.source}: {text}" for text in answer["problems"]]
+        except TestbedError as error:
+            self._notes.append(f"clean-up at {move.source}: {error.message}")
+
+    def _fail(self) -> bool:
+        """Take everything back. True if the program runs on at the source; complaints are noted."""
+        move, frozen = self._migration, "freeze" in self._timeline.began
+        possible = not self._timeline.resumed
+        complaints = self._undo.run()
+        self._notes += complaints
+        if not possible:
+            # Two copies must not live; the one at the destination may.
+            self._undo.add(
+                "the original", lambda: self._source.call("migrate_commit", migration=self._name, timeout=UNDO_SECONDS)
+            )
+            self._notes += self._undo.run()
+            return False
+        return frozen and not any(text.startswith(f"{move.app} goes on") for text in complaints)
+
+    def _tell_flows(self, answer: dict[str, Any]) -> None:
+        for flow in answer.get("flows", []):
+            self._session.folder.event(
+                "flow_change",
+                at=flow.get("t"),
+                switch=flow["switch"],
+                action=flow["action"],
+                match=flow["match"],
+                out=flow.get("out", ""),
+                migration=self._migration.index,
+            )
+
+    # ---- what is told afterwards -------------------------------------------------------------------------------------
+
+    def _watch_gaps(self, pids: list[int]) -> None:
+        """Begin to measure gaps at the program's queue pairs and at those on their other ends."""
+        moved = observe.queue_pairs(self._source, pids)
+        own = {int(qp["qpn"]) for qp in moved}
+        partners = {int(qp["remote_qpn"]) for qp in moved if qp.get("remote_qpn")}
+        if not own:
+            return
+        self._gaps_here = observe.Gaps(self._source, own)
+        self._gaps_there = observe.Gaps(self._target, own)
+        self._gaps_partners = [observe.Gaps(host, partners) for host in self._session.hosts.values()]
+        for gaps in (self._gaps_here, *self._gaps_partners):
+            gaps.reset()
+
+    def _blackout(
+        self, rolled_back: bool
+    ) -> tuple[float | None, Literal["completions", "phases"] | None, float | None]:
+        """(blackout of the program, how it was measured, longest gap of a partner), milliseconds."""
+        since = self._thawed if self._thawed else time.monotonic()
+        until = time.monotonic() + observe.GAP_SECONDS
+        here = self._gaps_here if rolled_back else self._gaps_there
+        own = here.longest_ms(since, until) if here is not None else None
+        seen = [gap for gaps in self._gaps_partners if (gap := gaps.longest_ms(since, until)) is not None]
+        partner = max(seen, default=None)
+        if own is not None:
+            return own, "completions", partner
+        frozen = self._timeline.frozen_ms()
+        return frozen, "phases" if frozen is not None else None, partner
+
+    def _record(
+        self, failure: TestbedError | None, rolled_back: bool, before: dict[str, dict[str, int]]
+    ) -> summary.Migration:
+        move, timeline = self._migration, self._timeline
+        frozen = "freeze" in timeline.began
+        blackout, measured, partner = (
+            self._blackout(rolled_back) if frozen and (failure is None or rolled_back) else (None, None, None)
+        )
+        after = {name: observe.counters(host) for name, host in self._session.hosts.items() if host.alive}
+        grown = {
+            name: {key: observe.difference(before[name], counts, key) for key in counts}
+            for name, counts in after.items()
+        }
+        resent = [counts["retransmits"] for counts in grown.values() if counts.get("retransmits") is not None]
+        error = hint = None
+        if failure is not None:
+            phase = timeline.unfinished
+            error = f"{phase}: {failure}" if phase else str(failure)
+            error, hint = error.partition("\n  hint: ")[0], failure.hint
+        if self._notes:
+            hint = "; ".join([*([hint] if hint else []), *self._notes])
+        return summary.Migration(
+            index=move.index,
+            app=move.app,
+            from_host=move.source,
+            to_host=move.to,
+            address="keep" if self._keep else "change",
+            at_s=self._session.folder.since_start(self._began),
+            ok=failure is None,
+            rolled_back=rolled_back,
+            error=error,
+            hint=hint,
+            phases_ms=timeline.lengths_ms(),
+            phases_at_ms=timeline.starts_ms(self._began),
+            blackout_ms=blackout,
+            blackout_from=measured,
+            partner_gap_ms=partner,
+            image_bytes=self._sent.get("image_bytes"),
+            nic_image_bytes=self._sent.get("nic_image_bytes"),
+            qps=len(self._gaps_here.qpns) if self._gaps_here is not None else 0,
+            nak_stopped=grown.get(move.source, {}).get("sent_nak_stopped"),
+            resumes=grown.get(move.to if failure is None else move.source, {}).get("sent_resume"),
+            retransmissions=sum(value for value in resent if value is not None) if resent else None,
+        )
