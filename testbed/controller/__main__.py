@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.controller import framework
+from testbed.controller.datapath import FlowCache
 from testbed.controller.fabric import Fabric
 from testbed.errors import TestbedError
 
@@ -23,6 +24,8 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="testbed.controller", description="OpenFlow controller of one run")
     options.add_argument("--fabric", type=Path, required=True, help="JSON, see testbed.controller.fabric")
     options.add_argument("--socket", type=Path, required=True, help="northbound interface: path of a Unix socket")
+    options.add_argument("--ovs-control", type=Path, help="ovs-vswitchd's control socket, to read its flow cache")
+    options.add_argument("--datapath", help="name of the datapath, e.g. netdev@ovs-netdev")
     options.add_argument("--framework", choices=("auto", *framework.PACKAGES), default="auto")
     arguments = options.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -35,11 +38,11 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"{arguments.fabric}: {error}", file=sys.stderr)
         return 2
-    run(fw, fabric, arguments.socket)
+    run(fw, fabric, arguments)
     return 0
 
 
-def run(fw: Any, fabric: Fabric, path: Path) -> None:
+def run(fw: Any, fabric: Fabric, arguments: argparse.Namespace) -> None:
     """Start the framework with our application in it; returns when the framework ends."""
     # Imported here, not above: importing them uses what the framework has just patched.
     from testbed.controller import application, northbound
@@ -58,7 +61,9 @@ def run(fw: Any, fabric: Fabric, path: Path) -> None:
     # Any number: it only keeps the framework from listening at its two well-known ports as well.
     fw.cfg.CONF.set_override("ofp_tcp_listen_port", 1)
     application.Reroute.fabric = fabric
-    application.Reroute.listener = northbound.listen(path)
+    application.Reroute.listener = northbound.listen(arguments.socket)
+    if arguments.ovs_control and arguments.datapath:
+        application.Reroute.flow_cache = FlowCache(arguments.ovs_control, arguments.datapath)
     fw.app_manager.AppManager.run_apps([application.__name__])
 
 

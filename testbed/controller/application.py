@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Final, TypeVar, cast
 
 from testbed.controller import framework, northbound
 from testbed.controller.arp import ArpFrame, reply_to
+from testbed.controller.datapath import FlowCache, FlowCacheError
 from testbed.controller.fabric import Fabric
 from testbed.controller.routes import Change, RouteTable, Stage
 
@@ -26,6 +27,8 @@ ARP_PRIORITY: Final = 0xA000
 """Above every address's flows."""
 BARRIER_TIMEOUT: Final = 10.0
 """Seconds. A switch confirms within milliseconds; on a machine whose cores are all taken it may be a second."""
+FOLLOW_TIMEOUT: Final = 10.0
+"""Seconds. Until the datapath follows its tables; usually one to three milliseconds."""
 COOKIE: Final = 0x6D6967726F73
 """Marks our flow entries ("migros")."""
 
@@ -40,11 +43,14 @@ def on(event: Any, states: Any) -> Callable[[Handler], Handler]:
 
 
 class Reroute(fw.App):  # type: ignore[misc, name-defined]
-    """One instance per process. `fabric` and `listener` are set by the launcher before the framework makes it."""
+    """One instance per process. The launcher sets the class attributes before the framework makes it."""
 
     OFP_VERSIONS: ClassVar = [ofp.OFP_VERSION]
     fabric: ClassVar[Fabric]
     listener: ClassVar[Any]
+    """Northbound socket, listening."""
+    flow_cache: ClassVar[FlowCache | None] = None
+    """Of the Open vSwitch that all switches are bridges of; None: a barrier reply is all the confirmation there is."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -317,6 +323,28 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         flows = []
         if self.table.prepared.get(ip) != to_host:
             flows += self._carry_out(self.table.prepare(ip, to_host))
-        flows += self._carry_out(self.table.move(ip, to_host))
+        stages = self.table.move(ip, to_host)
+        flows += self._carry_out(stages)
         self.table.moved(ip, to_host)
-        return {"begun_at": begun, "confirmed_at": time.monotonic(), "flows": flows}
+        barrier = time.monotonic()
+        self._follow(ip, stages)
+        return {"begun_at": begun, "barrier_at": barrier, "confirmed_at": time.monotonic(), "flows": flows}
+
+    def _follow(self, ip: str, stages: list[Stage]) -> None:
+        """Until no cached flow for `ip` uses a port that its flows have left. Raises Unready after FOLLOW_TIMEOUT."""
+        left = {
+            self.ports[change.flow.switch][change.flow.out_port]
+            for stage in stages
+            for change in stage
+            if change.flow.out_port in self.ports[change.flow.switch]
+        }
+        if self.flow_cache is None or not left:
+            return
+        deadline = time.monotonic() + FOLLOW_TIMEOUT
+        try:
+            while stale := self.flow_cache.outputs(ip) & left:
+                if time.monotonic() > deadline:
+                    raise northbound.Unready(f"the datapath still sends {ip} out of {', '.join(sorted(stale))}")
+                time.sleep(0.0003)
+        except FlowCacheError as error:
+            raise northbound.Unready(f"cannot read the flow cache: {error}") from error

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from testbed.controller.datapath import DATAPATHS, control_socket
 from testbed.controller.fabric import Fabric
 from testbed.errors import EnvironmentProblem, RunFailed
 from testbed.state import RunState
@@ -22,11 +23,15 @@ STOP_TIMEOUT: Final = 5.0
 class ControllerProcess:
     """One controller. `start` returns when it listens; `openflow_port` and `socket` say where."""
 
-    def __init__(self, fabric: Fabric, state: RunState, log: Path, framework: str = "auto") -> None:
+    def __init__(
+        self, fabric: Fabric, state: RunState, log: Path, framework: str = "auto", datapath: str | None = None
+    ) -> None:
+        """`datapath`: `kernel` or `userspace` of the Open vSwitch whose flow cache the controller shall watch."""
         self.fabric = fabric
         self.state = state
         self.log = log
         self.framework = framework
+        self.datapath = datapath
         self.socket = state.directory / "controller.sock"
         """Northbound; mode 0600, gone with the run."""
         self.openflow_port = 0
@@ -45,6 +50,8 @@ class ControllerProcess:
         file.write_text(json.dumps(self.fabric.to_plain()))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "testbed.controller", "--fabric", str(file), "--socket", str(self.socket)]
+        if self.datapath is not None:
+            command += ["--ovs-control", str(control_socket()), "--datapath", DATAPATHS[self.datapath]]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--framework", self.framework],

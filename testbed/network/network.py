@@ -21,6 +21,7 @@ READY_TIMEOUT: Final = 60.0
 """Seconds until all switches have connected and confirmed; usually one or two."""
 NEIGHBOUR_LIFETIME: Final = 3_600_000
 """Milliseconds that a host trusts an ARP answer. The controller gives them; without it, paths must go on working."""
+MANAGEMENT_MTU: Final = 9000
 NODE_PREFIX: Final = 16
 """Of the node addresses, 100.64.0.0/16."""
 
@@ -122,9 +123,8 @@ class Network:
             self._undo.append(("the shared mount points", self._release))
             tag, slot = fixtures.claim(self.state)
             self.plan = plan(self.resolved, tag, slot)
-        process = ControllerProcess(
-            self.plan.fabric, self.state, self.logs / "controller.log", self.resolved.controller
-        )
+        log = self.logs / "controller.log"
+        process = ControllerProcess(self.plan.fabric, self.state, log, self.resolved.controller, self.datapath)
         self._controller_process = process
         self._undo.append(("the controller", process.stop))
         process.launch()
@@ -203,8 +203,8 @@ class Network:
             self._undo.append((f"management link of {name}", self._link_remover(link.outside, token)))
             machine.ip_batch(
                 [
-                    f"link add name {link.outside} type veth peer name {MANAGEMENT_INTERFACE} "
-                    f"netns {self._node(name).pid}",
+                    f"link add name {link.outside} mtu {MANAGEMENT_MTU} type veth "
+                    f"peer name {MANAGEMENT_INTERFACE} mtu {MANAGEMENT_MTU} netns {self._node(name).pid}",
                     f"address add {link.outside_ip} peer {link.inside_ip}/32 dev {link.outside}",
                     f"link set {link.outside} up",
                 ]

@@ -107,5 +107,6 @@ def combined(nic: dict[str, float], delay: float, loss: float) -> dict[str, floa
     if delay:
         both["delay"] = nic.get("delay", 0.0) + delay
     if loss:
-        both["loss"] = 1 - (1 - nic.get("loss", 0.0)) * (1 - loss)
+        before = nic.get("loss", 0.0)
+        both["loss"] = before + loss - before * loss
     return both
