@@ -1,0 +1,58 @@
+"""The captures of Linux rxe under tests/data/vectors, and a reader for classic pcap files."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+VECTORS = Path(__file__).parent.parent / "data" / "vectors"
+SIDE_A = bytes((10, 77, 0, 1))
+SIDE_B = bytes((10, 77, 0, 2))
+
+
+class Captured(NamedTuple):
+    """One frame: seconds since the first one, and its bytes from the Ethernet header on."""
+
+    time: float
+    frame: bytes
+
+    @property
+    def source(self) -> bytes:
+        return self.frame[26:30]
+
+    @property
+    def ip_id(self) -> int:
+        return int.from_bytes(self.frame[18:20], "big")
+
+    @property
+    def opcode(self) -> int:
+        return self.frame[42]
+
+    @property
+    def destination_qpn(self) -> int:
+        return int.from_bytes(self.frame[47:50], "big")
+
+    @property
+    def psn(self) -> int:
+        return int.from_bytes(self.frame[51:54], "big")
+
+
+def read(name: str) -> list[Captured]:
+    """All frames of a capture, in its order (which is by time)."""
+    raw = (VECTORS / f"{name}.pcap").read_bytes()
+    magic, *_, link_type = struct.unpack_from("<IHHiIII", raw)
+    assert magic == 0xA1B2C3D4 and link_type == 1, "not a little-endian Ethernet pcap with microseconds"
+    at = 24
+    frames = []
+    while at < len(raw):
+        seconds, micros, captured, original = struct.unpack_from("<IIII", raw, at)
+        assert captured == original, "a frame was cut off"
+        frames.append(Captured(seconds + micros / 1e6, raw[at + 16 : at + 16 + captured]))
+        at += 16 + captured
+    return [frame._replace(time=frame.time - frames[0].time) for frame in frames]
+
+
+def names() -> list[str]:
+    """The names of all captures."""
+    return sorted(path.stem for path in VECTORS.glob("*.pcap"))
