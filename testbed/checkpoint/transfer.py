@@ -1,6 +1,7 @@
 """Files from one agent to another, over TCP between node addresses.
 
-Checkpoint images, the NIC's image, an application's folder. The bytes cross the emulated data network, so that their time is the topology's.
+Checkpoint images, the NIC's image, an application's folder. The bytes cross the emulated data network, so that their
+time is the topology's.
 
     sender                                             receiver
     {"token"}\\n                                    →   wrong token: closed without a word

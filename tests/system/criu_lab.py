@@ -152,8 +152,8 @@ class Lab:
         self.inside("p", "ip", "neigh", "replace", ADDRESS, "lladdr", mac, "dev", "eth0")
 
     def read(self, name: str, path: str) -> str:
-        """Content of a file in a host's mount namespace."""
-        return self.inside(name, "cat", path)
+        """Content of a file in a host's mount namespace; empty if there is none (yet)."""
+        return self.inside(name, "sh", "-c", f"cat {path} 2>/dev/null || true")
 
     def close(self) -> None:
         """Remove everything."""
