@@ -63,9 +63,15 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m softroce_ext", description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--interface", required=True, help="network interface that carries the RoCEv2 frames")
-    p.add_argument("--address", action="append", type=_address, default=[], metavar="IPV4", help="a GID; may be repeated")
-    p.add_argument("--run-dir", type=Path, default=Path("/run/migros/nic"), help="directory of sockets and device files")
-    p.add_argument("--number-base", type=_base, default=0, help=f"range of QPNs and keys, 0..{MAX_BASE}, one for each NIC")
+    p.add_argument(
+        "--address", action="append", type=_address, default=[], metavar="IPV4", help="a GID; may be repeated"
+    )
+    p.add_argument(
+        "--run-dir", type=Path, default=Path("/run/migros/nic"), help="directory of sockets and device files"
+    )
+    p.add_argument(
+        "--number-base", type=_base, default=0, help=f"range of QPNs and keys, 0..{MAX_BASE}, one for each NIC"
+    )
     p.add_argument("--mtu", type=_mtu, help="lower the interface MTU that the active RDMA MTU is computed from")
     p.add_argument("--no-migros", action="store_true", help="plain RoCEv2, byte for byte as Linux rxe")
     p.add_argument("--capture", metavar="FILE", help="write a pcap of all frames from the start")
@@ -106,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"softroce_ext: cannot start on {options.interface}: {error.strerror}{where}", file=sys.stderr)
-        print("  hint: run as root inside the host's network namespace; `ip link` lists the interfaces", file=sys.stderr)
+        print(
+            "  hint: run as root inside the host's network namespace; `ip link` lists the interfaces", file=sys.stderr
+        )
         return EXIT_ENVIRONMENT
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: nic.stop())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import time
@@ -23,7 +24,7 @@ class Capture:
         self.path = path
         self.frames = 0
         self._snaplen = snaplen
-        self._file = open(path, "wb", buffering=_BUFFER)  # noqa: SIM115 - closed by close()
+        self._file = open(path, "wb", buffering=_BUFFER)  # noqa: SIM115
         self._file.write(_FILE.pack(_MAGIC_NANOSECONDS, 2, 4, 0, 0, snaplen, _LINKTYPE_ETHERNET))
         self._file.flush()
         self._dirty = False
@@ -54,7 +55,5 @@ class Capture:
 
     def close(self) -> None:
         """Flush and close."""
-        try:
+        with contextlib.suppress(OSError):
             self._file.close()
-        except OSError:
-            pass

@@ -12,6 +12,7 @@ import os
 import selectors
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,9 +107,9 @@ class ControlServer:
             connection, _ = self._listener.accept()
             connection.setblocking(False)
             self._connections[connection.fileno()] = (connection, bytearray())
-            self._watch(connection.fileno(), lambda events, fd=connection.fileno(): self._readable(fd))  # type: ignore[misc]
+            self._watch(connection.fileno(), partial(self._readable, connection.fileno()))
 
-    def _readable(self, fd: int) -> None:
+    def _readable(self, fd: int, _events: int) -> None:
         connection, buffer = self._connections[fd]
         try:
             data = connection.recv(65536)
@@ -140,7 +141,9 @@ class ControlServer:
             respond({"ok": False, "error": f"not a JSON line: {error}", "hint": 'send {"command": "status"}'})
             return
         if not isinstance(request, dict) or not isinstance(request.get("command"), str):
-            respond({"ok": False, "error": "a request is an object with a command", "hint": 'send {"command": "status"}'})
+            respond(
+                {"ok": False, "error": "a request is an object with a command", "hint": 'send {"command": "status"}'}
+            )
             return
         self._handle(request, respond)
 

@@ -1,4 +1,4 @@
-"""A seeded bad cable behind the port: frames lost, doubled, swapped, damaged or late. The same seed, the same faults."""
+"""A seeded bad cable behind the port: frames lost, doubled, swapped, damaged, late; same seed, same faults."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Impairment:
         """One frame enters the cable."""
         spec, chance = self.spec, self._random.random
         # Always the same number of draws for a frame, so that one fault does not shift the others.
-        lose, double, swap, damage = chance() < spec.loss, chance() < spec.duplicate, chance() < spec.reorder, chance() < spec.corrupt
+        limits = (spec.loss, spec.duplicate, spec.reorder, spec.corrupt)
+        lose, double, swap, damage = (chance() < limit for limit in limits)
         position = self._random.randrange(14, max(15, len(frame)))
         if lose:
             self.lost += 1

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from softroce_ext.capture import Capture
 from softroce_ext.control import Respond
+from softroce_ext.device import checkpoint, image
 from softroce_ext.device.context import Context
 from softroce_ext.device.errors import ImageError, StateError
+from softroce_ext.uverbs.server import inner_pid_of
 
 if TYPE_CHECKING:
     from softroce_ext.nic import Nic
@@ -105,15 +107,15 @@ class Management:
                 {"qpn": qpn, "last": c.gap_last, "longest": c.gap_longest, "longest_end": c.gap_longest_end}
                 for qpn, c in qps
             ]
-            known = [row for row in rows if row["longest_end"] is not None]
-            worst = max(known, key=lambda row: row["longest"], default=None)
+            ended = [(c.gap_longest, c.gap_longest_end) for _, c in qps if c.gap_longest_end is not None]
+            worst = max(ended, default=(None, None))
             lasts = [row["last"] for row in rows if row["last"] is not None]
             contexts.append(
                 {
                     "id": context.id,
                     "pid": context.pid,
-                    "longest": worst["longest"] if worst else None,
-                    "longest_end": worst["longest_end"] if worst else None,
+                    "longest": worst[0],
+                    "longest_end": worst[1],
                     "last": max(lasts, default=None),
                     "qps": rows,
                 }
@@ -162,6 +164,148 @@ class Management:
             raise CommandError(f"no context {', '.join(missing)}", f"there are: {', '.join(known) or 'none'}")
         return [known[name] for name in wanted]
 
+    def hold(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
+        """The programs `pids` are frozen: take in what they sent, stop their queue pairs, ignore closed descriptors.
+
+        Answers with the contexts found (none is no error: the program does not use the device).
+        """
+        pids = set(_argument(arguments, "pids", list))
+        nic = self._nic
+        contexts = [context for context in nic.adapter.contexts.values() if context.pid in pids]
+        if any(context.held for context in contexts):
+            raise StateError("a context of these processes is held already")
+        for context in contexts:
+            nic.hold(context)
+        return {"contexts": [context.summary() for context in contexts], "at": time.monotonic()}
+
+    def dump(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
+        """Write the image of held contexts to `file`."""
+        path = _argument(arguments, "file", str)
+        contexts = self._contexts(arguments)
+        for context in contexts:
+            if not context.held:
+                raise StateError(f"context {context.id} is not held: its program may be running")
+        length = image.write(path, *checkpoint.dump(self._nic.adapter, contexts))
+        return {"bytes": length, "contexts": [context.id for context in contexts]}
+
+    def unhold(self, arguments: Arguments, respond: Respond) -> dict[str, Any] | None:
+        """Roll back: the programs run on here. Partners get RESUME; answers as `resume` does."""
+        contexts = self._contexts(arguments)
+        for context in contexts:
+            if not context.held:
+                raise StateError(f"context {context.id} is not held")
+        return self._resume(contexts, None, arguments, respond)
+
+    def discard(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
+        """Forget held contexts without a packet: they live elsewhere now, or were never resumed here."""
+        contexts = self._contexts(arguments)
+        for context in contexts:
+            if not context.held:
+                raise StateError(f"context {context.id} is in use here: hold it first")
+        for context in contexts:
+            self._nic.unwatch_context(context)
+            self._nic.adapter.forget(context)
+        return {}
+
+    def reserve(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
+        """Check that contexts `contexts` with queue pairs `qpns` could be restored here."""
+        adapter = self._nic.adapter
+        for name in _argument(arguments, "contexts", list, []):
+            if name in adapter.contexts:
+                raise StateError(f"context {name} exists here already")
+        for qpn in _argument(arguments, "qpns", list, []):
+            if qpn in adapter.queue_pairs:
+                raise StateError(f"QPN {qpn} is taken here; number bases must differ")
+        return {"number_base": adapter.number_base}
+
+    def restore(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
+        """Make the objects of image `file`, all Stopped, and the files of their channels.
+
+        addresses: {address of the queue pairs at the source: address here}; those not named stay the same.
+        """
+        path = _argument(arguments, "file", str)
+        addresses = {
+            _ip({"addresses": there}, "addresses"): _ip({"addresses": here}, "addresses")
+            for there, here in _argument(arguments, "addresses", dict, {}).items()
+        }
+        contexts = checkpoint.restore(self._nic.adapter, *image.read(path), self._nic.make_channel, addresses)
+        return {"contexts": [context.summary() for context in contexts]}
+
+    def attach(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
+        """The programs of restored contexts exist again; `pids`: inner pid → pid here (of `contexts`, or of all)."""
+        pids = _argument(arguments, "pids", dict)
+        waiting = self._contexts(arguments) if "contexts" in arguments else list(self._nic.adapter.contexts.values())
+        attached = []
+        for context in waiting:
+            outer = pids.get(str(context.inner_pid))
+            if context.pid is not None or outer is None:
+                continue
+            if not isinstance(outer, int):
+                raise CommandError(f"pid {outer!r} is no number")
+            try:
+                inner = inner_pid_of(outer)
+            except OSError:
+                raise StateError(f"there is no process {outer}") from None
+            if inner != context.inner_pid:
+                raise StateError(f"process {outer} is {inner} inside, not {context.inner_pid}")
+            context.pid = context.memory.pid = outer
+            attached.append(context.id)
+        missing = [context.id for context in waiting if context.pid is None and "contexts" in arguments]
+        if missing:
+            raise StateError(f"no process given for context {', '.join(missing)}")
+        return {"contexts": attached}
+
+    def resume(self, arguments: Arguments, respond: Respond) -> dict[str, Any] | None:
+        """Un-stop restored contexts and send RESUME, from `source_ip` where the old address is not here.
+
+        wait (default true): answer when every partner has acknowledged, or fail after `timeout` seconds (default 10;
+        the RESUMEs go on then). Answers with `started` and `settled` (times) and when each queue pair's was.
+        """
+        contexts = self._contexts(arguments)
+        source = _ip(arguments, "source_ip") if arguments.get("source_ip") is not None else None
+        for context in contexts:
+            if not context.held:
+                raise StateError(f"context {context.id} is not held")
+            if context.pid is None:
+                raise StateError(f"context {context.id} has no process yet: attach first")
+        return self._resume(contexts, source, arguments, respond)
+
+    def _resume(
+        self, contexts: list[Context], source: bytes | None, arguments: Arguments, respond: Respond
+    ) -> dict[str, Any] | None:
+        wait = _argument(arguments, "wait", bool, True)
+        timeout = float(_argument(arguments, "timeout", (int, float), 10.0))
+        nic = self._nic
+        started = time.monotonic()
+        for context in contexts:
+            nic.release(context, source)
+        if not wait:
+            return {"started": started}
+        deadline = started + timeout
+        qps = [qp for context in contexts for qp in context.queue_pairs]
+
+        def settled(now: float) -> bool:
+            left = [qp.qpn for qp in qps if not qp.transport.resume_settled]
+            if left and now < deadline:
+                return False
+            if left:
+                numbers = ", ".join(map(str, left[:8]))
+                respond(
+                    {
+                        "ok": False,
+                        "error": f"resume: no answer from the partners of QPN {numbers} within {timeout} s",
+                        "hint": "do the flows lead to the new place? status shows remote_ip of each queue pair",
+                        "started": started,
+                    }
+                )
+                return True
+            rows = [{"qpn": qp.qpn, "acked_at": qp.transport.context.resume_acked_at} for qp in qps]
+            respond({"ok": True, "started": started, "settled": time.monotonic(), "qps": rows})
+            return True
+
+        nic.wait_for(settled)
+        return None
+
 
 Command = Callable[[Management, Arguments, Respond], "dict[str, Any] | None"]
 
@@ -171,6 +315,14 @@ COMMANDS: Final[dict[str, Command]] = {
     "gaps": Management.gaps,
     "address_add": Management.address_add,
     "address_remove": Management.address_remove,
+    "hold": Management.hold,
+    "dump": Management.dump,
+    "unhold": Management.unhold,
+    "discard": Management.discard,
+    "reserve": Management.reserve,
+    "restore": Management.restore,
+    "attach": Management.attach,
+    "resume": Management.resume,
     "capture": Management.capture,
     "trace": Management.trace,
     "shutdown": Management.shutdown,

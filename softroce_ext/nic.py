@@ -1,8 +1,8 @@
 """The NIC process: one loop that joins port, engine, programs and management.
 
-The loop sleeps in epoll while nothing happens. Once something does, it goes round without asking epoll each time: frames
-in, doorbells, timers, frames out, until a short time has passed without work. While it is awake, `pending` of each
-program that rang stays set, so that posting a work request costs the program no system call.
+The loop sleeps in epoll while nothing happens. Once something does, it goes round without asking epoll each time:
+frames in, doorbells, timers, frames out, until a short time has passed without work. While it is awake, `pending` of
+each program that rang stays set, so that posting a work request costs the program no system call.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from softroce_ext.management import Management
 from softroce_ext.neighbours import Neighbours
 from softroce_ext.port import Port
 from softroce_ext.transport.engine import Engine, EngineConfig
+from softroce_ext.uverbs.channel import FileChannel
 from softroce_ext.uverbs.server import CommandServer
 from softroce_ext.uverbs.sysfs import SysfsPicture
 
@@ -74,9 +75,7 @@ class Nic:
             self.port.capture = Capture(config.capture, config.snaplen)
         self.engine = Engine(EngineConfig(migros=config.migros))
         self.neighbours = Neighbours(self.port.index)
-        self.adapter = Adapter(
-            self.engine, self.port.mac, self.port.mtu, config.number_base, self.neighbours.mac
-        )
+        self.adapter = Adapter(self.engine, self.port.mac, self.port.mtu, config.number_base, self.neighbours.mac)
         for address in config.addresses:
             self.adapter.add_address(address)
         self._own_changed()
@@ -154,9 +153,44 @@ class Nic:
         self.unwatch_context(context)
         self.adapter.forget(context)
 
-    def own_addresses_changed(self) -> None:
-        """The GID table changed."""
-        self._own_changed()
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def hold(self, context: Context) -> None:
+        """The program is frozen: take in what it sent, be deaf to its end, stop its queue pairs."""
+        self.drain(context)
+        self.unwatch_context(context)
+        context.held = True
+        for qp in context.queue_pairs:
+            qp.transport.stop()
+        # What was executed must be seen: memory written, completions in their queues, before anything is copied.
+        self.engine.end_of_batch(time.monotonic())
+
+    def release(self, context: Context, source: bytes | None) -> None:
+        """The program runs again, here: listen to it, un-stop its queue pairs, tell the partners.
+
+        source: the IPv4 address of queue pairs whose own is not here (None: they keep it).
+        """
+        context.held = False
+        handles = []
+        for qp in context.queue_pairs:
+            path = qp.transport.context.path
+            if path is not None:
+                moved = path.source_ip in self.port.own
+                path = path.replace(source_mac=self.port.mac, source_ip=None if moved else source)
+            qp.transport.resume(path)
+            handles.append(qp.handle)
+        context.channel.all_dirty(handles)
+        self.watch_context(context)
+        if context.pid is not None and context.pidfd < 0:
+            context.held = False
+            self.drop_context(context)  # it ended while it was held
+            return
+        context.awake = True
+        self._awake.append(context)
+
+    def make_channel(self, identifier: str, owner: tuple[int, int], taken: list[tuple[int, int]]) -> FileChannel:
+        """The channel of a context that is being restored."""
+        return FileChannel(self.config.run_directory, identifier, owner, taken)
 
     def stop(self) -> None:
         """Leave `run` after this round."""

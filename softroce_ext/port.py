@@ -68,7 +68,8 @@ _DROP_ALL: Final = ((0x06, 0, 0, 0),)
 def _attach_filter(sock: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> None:
     code = b"".join(struct.pack("=HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(code, len(code))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("=HxxxxxxQ", len(program), ctypes.addressof(buffer)))
+    fprog = struct.pack("=HxxxxxxQ", len(program), ctypes.addressof(buffer))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
 
 def _hardware(name: str) -> tuple[bytes, int]:
@@ -211,7 +212,7 @@ class Port:
             self.capture.write([self._out_views[i][: lengths[2 * i + 1]] for i in range(filled)])
 
     def _flush_impaired(self) -> bool:
-        assert self.impairment is not None  # noqa: S101 - told to the type checker
+        assert self.impairment is not None
         lengths = self._out_lengths
         for slot in range(self._filled):
             self.impairment.take(bytes(self._out_views[slot][: lengths[2 * slot + 1]]))

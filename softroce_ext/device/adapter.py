@@ -12,7 +12,15 @@ from softroce_ext.device.completion import CompletionQueue, SharedReceiveQueue
 from softroce_ext.device.context import Context
 from softroce_ext.device.errors import NotYet, StateError, VerbsError
 from softroce_ext.device.numbers import FIRST_QPN, Range
-from softroce_ext.device.queue_pair import QPT_RC, QPT_UC, QPT_UD, Capabilities, Destination, QueuePair
+from softroce_ext.device.queue_pair import (
+    QPT_RC,
+    QPT_UC,
+    QPT_UD,
+    Capabilities,
+    Destination,
+    NoReceiveQueue,
+    QueuePair,
+)
 from softroce_ext.device.regions import (
     KEY_BITS,
     Keys,
@@ -227,7 +235,7 @@ class Adapter:
         transport = TransportQueuePair(
             QpContext(qpn=qpn, sq_sig_all=sq_sig_all, srq=srq is not None),
             send_ring,
-            srq if srq is not None else receive_ring,
+            srq or receive_ring or NoReceiveQueue(),
             send_cq,
             recv_cq,
             pd,

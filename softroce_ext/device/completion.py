@@ -89,7 +89,7 @@ class CompletionQueue:
                 self.comp_events += 1
 
     def arm(self, solicited_only: bool) -> None:
-        """Ask for one event: at the next completion, or at the next solicited or failed one. The stronger wish stays."""
+        """Ask for one event: at the next completion, or the next solicited or failed one. The stronger wish stays."""
         if self.notify != NOTIFY_NEXT:
             self.notify = NOTIFY_SOLICITED if solicited_only else NOTIFY_NEXT
 
@@ -97,7 +97,18 @@ class CompletionQueue:
 class SharedReceiveQueue:
     """An SRQ (transport.interfaces.ReceiveQueue); each queue pair takes the oldest receive."""
 
-    __slots__ = ("async_events", "async_fifo", "handle", "limit", "max_sge", "number", "pd", "ring", "user_handle", "users")
+    __slots__ = (
+        "async_events",
+        "async_fifo",
+        "handle",
+        "limit",
+        "max_sge",
+        "number",
+        "pd",
+        "ring",
+        "user_handle",
+        "users",
+    )
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ class AddressHandle:
 
 
 class Context:
-    """What one process opened. `pid` is its number here (None between a restore and the attach), `inner_pid` its own."""
+    """What one process opened. `pid` is its number here (None from a restore to the attach), `inner_pid` its own."""
 
     def __init__(self, identifier: str, pid: int | None, inner_pid: int, channel: Any, memory: ProcessMemory) -> None:
         self.id = identifier
@@ -63,7 +63,7 @@ class Context:
         item = self.objects.get(handle)
         if item.__class__ is not kind:
             raise VerbsError(errno.EINVAL, f"handle {handle} is no {kind.__name__}")
-        return item  # type: ignore[no-any-return]
+        return item
 
     def remove(self, handle: int) -> None:
         """Forget the object with `handle`."""

@@ -1,7 +1,7 @@
 """The memory of another process, read and written by address (process_vm_readv(2), process_vm_writev(2)).
 
-The system call costs a few microseconds whatever it moves, so writes are collected: each is copied into a staging buffer,
-where the payloads of consecutive packets of one message lie side by side and become one range of one call.
+The system call costs a few microseconds whatever it moves, so writes are collected: each is copied into a staging
+buffer, where the payloads of consecutive packets of one message lie side by side and become one range of one call.
 """
 
 from __future__ import annotations

@@ -10,14 +10,17 @@ import errno
 
 from softroce_ext.device.errors import VerbsError
 from softroce_ext.device.memory import ProcessMemory
-from softroce_ext.transport.interfaces import ProtectionError
-from softroce_ext.transport.verbs import Access
+from softroce_ext.transport.interfaces import ProtectionError, SendWqe
+from softroce_ext.transport.verbs import Access, WrOpcode
 
 KEY_BITS = 8
 """Low bits of a key that the owner may change; the rest is the region's index (IBA 10.6.2)."""
 
+TYPE_2 = 2
+"""enum ib_mw_type: a window bound by a work request of its own queue pair, and invalidated by one."""
+
 SUPPORTED_ACCESS = 0x1F | 0x20 | 0x100000
-"""Local write, remote write, read, atomic, window binding; zero-based and relaxed ordering are accepted by rxe as hints."""
+"""Local write, remote write, read, atomic, window binding; zero-based and relaxed ordering are hints to rxe."""
 
 
 class MemoryRegion:
@@ -44,7 +47,7 @@ class MemoryRegion:
 class MemoryWindow:
     """A window, unbound until a bind work request gives it a region."""
 
-    __slots__ = ("access", "end", "handle", "iova", "key", "kind", "pd", "region")
+    __slots__ = ("access", "end", "handle", "iova", "key", "kind", "pd", "qpn", "region")
 
     def __init__(self, pd: ProtectionDomain, key: int, kind: int) -> None:
         self.pd = pd
@@ -52,6 +55,8 @@ class MemoryWindow:
         self.kind = kind
         self.region: MemoryRegion | None = None
         self.iova = self.end = self.access = 0
+        self.qpn = 0
+        """Of the queue pair that bound a type 2 window."""
         self.handle = 0
 
 
@@ -82,7 +87,7 @@ class ProtectionDomain:
             or access & ~region.access
             or region.__class__ is not MemoryRegion
         ):
-            raise ProtectionError(f"lkey {lkey:#x} does not cover {length} bytes at {address:#x} with access {access:#x}")
+            raise ProtectionError(f"lkey {lkey:#x}: not {length} bytes at {address:#x} with access {access:#x}")
         return region.memory, address - region.shift
 
     def remote(self, rkey: int, address: int, length: int, access: int) -> tuple[ProcessMemory, int]:
@@ -96,12 +101,65 @@ class ProtectionDomain:
             or address + length > region.end
             or access & ~region.access
         ):
-            raise ProtectionError(f"rkey {rkey:#x} does not cover {length} bytes at {address:#x} with access {access:#x}")
+            raise ProtectionError(f"rkey {rkey:#x}: not {length} bytes at {address:#x} with access {access:#x}")
         if region.__class__ is MemoryWindow:
             if region.region is None:
                 raise ProtectionError(f"window {rkey:#x} is not bound")
             region = region.region
         return region.memory, address - region.shift  # type: ignore[union-attr]
+
+    # -- windows (IBA 10.6.7; the rules that rxe checks) -----------------------------------------------------------
+
+    def local_operation(self, wqe: SendWqe, qpn: int) -> None:
+        """Carry out a BIND_MW or LOCAL_INV request. Raises ProtectionError.
+
+        A bind carries (`uverbs.rings`): remote_address and length the range, compare_add the region's lkey, swap the
+        window's present key << 32 | access, rkey the window's key to be.
+        """
+        if wqe.opcode == WrOpcode.LOCAL_INV:
+            self.invalidate(wqe.imm, qpn)
+            return
+        window = self._window(wqe.swap >> 32)
+        access = wqe.swap & 0xFFFFFFFF
+        if window.kind == TYPE_2 and window.region is not None:
+            raise ProtectionError("a type 2 window must be invalidated before it is bound again")
+        region: MemoryRegion | None = None
+        if wqe.length:
+            found = self.keys.get(wqe.compare_add >> KEY_BITS)
+            if not isinstance(found, MemoryRegion) or found.key != wqe.compare_add or found.pd is not self:
+                raise ProtectionError(f"no region with lkey {wqe.compare_add:#x}")
+            region = found
+            if not region.access & Access.MW_BIND:
+                raise ProtectionError("the region does not allow windows")
+            if access & (Access.REMOTE_WRITE | Access.REMOTE_ATOMIC) and not region.access & Access.LOCAL_WRITE:
+                raise ProtectionError("a writing window needs a region with local write access")
+            if wqe.remote_address < region.iova or wqe.remote_address + wqe.length > region.end:
+                raise ProtectionError("the window reaches beyond its region")
+        elif window.kind == TYPE_2:
+            raise ProtectionError("a type 2 window cannot be empty")
+        if window.region is not None:
+            window.region.windows -= 1
+        if region is not None:
+            region.windows += 1
+        window.region = region
+        window.key = window.key & ~0xFF | wqe.rkey & 0xFF
+        window.iova, window.end, window.access = wqe.remote_address, wqe.remote_address + wqe.length, access
+        window.qpn = qpn if window.kind == TYPE_2 else 0
+
+    def invalidate(self, rkey: int, qpn: int) -> None:
+        """End the use of a type 2 window that queue pair `qpn` bound. Raises ProtectionError."""
+        window = self._window(rkey)
+        if window.kind != TYPE_2 or window.region is None or window.qpn != qpn:
+            raise ProtectionError(f"{rkey:#x} is no bound type 2 window of this queue pair")
+        window.region.windows -= 1
+        window.region = None
+        window.iova = window.end = window.access = 0
+
+    def _window(self, key: int) -> MemoryWindow:
+        window = self.keys.get(key >> KEY_BITS)
+        if not isinstance(window, MemoryWindow) or window.key != key or window.pd is not self:
+            raise ProtectionError(f"no window with key {key:#x}")
+        return window
 
 
 def check_access(access: int) -> None:

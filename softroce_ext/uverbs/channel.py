@@ -5,17 +5,17 @@
     reply      FIFO, the NIC is the only writer: its end of file is the NIC's death
     async, comp-N   FIFOs of events
 
-Nothing is connected and everything is found by path, so a checkpoint of the program carries its half, and the NIC at the
-destination lays the same files ready (facts: CRIU dumps FIFOs with their unread bytes, and of a shared file only the path).
+Nothing is connected and everything is found by path, so a checkpoint of the program carries its half, and the NIC at
+the destination lays the same files ready (CRIU carries a FIFO's unread bytes, but only the path of a shared file).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
-import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -49,7 +49,7 @@ _barrier = threading.Lock()
 
 
 def full_barrier() -> None:
-    """Order every earlier store before every later load (a lock-prefixed instruction); needed against lost doorbells."""
+    """Order every earlier store before every later load (a lock-prefixed instruction), so that no doorbell is lost."""
     _barrier.acquire(False)
     _barrier.release()
 
@@ -196,7 +196,7 @@ class FileChannel:
         element = rings.element_bytes(rings.SEND_WQE + max(rings.SGE_BYTES * max_sge, max_inline))
         slots = rings.power_of_two(max_wr + 1)
         offset = self._take(rings.ring_bytes(slots, element))
-        # rxe's provider trusts what CREATE_QP returned, so everything between the header and the slot's end may be used.
+        # rxe's provider trusts what CREATE_QP returned: everything from the header to the slot's end may be used.
         room = min(element - rings.SEND_WQE, limits.MAX_INLINE_DATA)
         return rings.SendRing(self._fd, offset, slots, element, self._release, max_sge, room)
 
@@ -253,12 +253,13 @@ class FileChannel:
             self._highest_handle = handle
 
     def silence_doorbell(self) -> None:
-        """The doorbell's FIFO became readable: drain it. Order matters: drain, clear `pending`, then look at queues;
-        cleared first, a byte written in between would be drained while `pending` stays set, and the NIC would sleep."""
-        try:
+        """The doorbell's FIFO became readable: drain it.
+
+        Order matters: drain, clear `pending`, then look at queues. Were `pending` cleared first, a byte written in
+        between would be drained while `pending` stays set, and the NIC would sleep.
+        """
+        with contextlib.suppress(BlockingIOError):
             os.read(self.doorbell, 4096)
-        except BlockingIOError:
-            pass
 
     def arm_doorbell(self) -> None:
         """From now on the program's next doorbell writes to the FIFO."""
@@ -302,6 +303,14 @@ class FileChannel:
             self.control[start : start + len(data)] = data
         self._reply.post(_SEQUENCE.pack(sequence))
 
+    def dump_mailbox(self) -> bytes:
+        """The last answer: a program frozen between the answer and reading it needs it at the destination."""
+        return bytes(self.control[AT_MAILBOX:AT_MAY_POST]).rstrip(b"\0")
+
+    def load_mailbox(self, data: bytes) -> None:
+        """Put a dumped answer back."""
+        self.control[AT_MAILBOX : AT_MAILBOX + len(data)] = data
+
     def event_fifo(self, record_bytes: int, name: str = "") -> Fifo:
         """A new event FIFO; without a name the next comp-N."""
         while not name:
@@ -318,11 +327,6 @@ class FileChannel:
         """Close and remove an event FIFO."""
         self._fifos.pop(fifo.name, None)
         fifo.close()
-
-    def set_owner_check(self) -> bool:
-        """Whether the queue file is still a regular file of the right size (a program could have cut it)."""
-        status = os.fstat(self._fd)
-        return stat.S_ISREG(status.st_mode) and status.st_size == FILE_BYTES
 
     @property
     def owner(self) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """One function for each command of the write ABI, in one table. Each takes the command's body and returns an `Answer`.
 
-The body begins after struct ib_uverbs_cmd_hdr (so the response pointer, where there is one, is its first word) or, for an
-extended command, after both headers. Faults of the program are `VerbsError`s; a body that is too short is one as well.
+The body begins after struct ib_uverbs_cmd_hdr (so the response pointer, where there is one, is its first word) or, for
+an extended command, after both headers. Faults of the program are `VerbsError`s; so is a body that is too short.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ Body = memoryview
 
 
 class Answer(NamedTuple):
-    """data: the response (of an extended command: the core's part); provider: the driver's part of an extended response;
-    install: name of the FIFO that becomes a descriptor of the program, its number being response word 0."""
+    """What a command answers.
+
+    data: the response (of an extended command: the core's part); provider: the driver's part of an extended response;
+    install: name of the FIFO that becomes a descriptor of the program, its number being response word 0.
+    """
 
     data: bytes = b""
     provider: bytes = b""

@@ -4,8 +4,8 @@ One side owns the producer index, the other the consumer index. The NIC believes
 of the index that it owns, masks the other, copies each element out once, and checks what it copied. A program that
 scribbles here harms its own queue pair only.
 
-An index is stored through a `memoryview` of 32-bit words, one aligned store (`struct.pack_into` would store bytes, and the
-program could see half an index). On x86 that order of stores is also what the program sees; other machines would
+An index is stored through a `memoryview` of 32-bit words, one aligned store (`struct.pack_into` would store bytes, and
+the program could see half an index). On x86 that order of stores is also what the program sees; other machines would
 need a barrier.
 """
 
@@ -29,18 +29,18 @@ SGE_BYTES: Final = 16
 MIN_ELEMENT: Final = 64
 
 _SEND_HEAD = Struct("<Q4xIIIQQQI")
-"""wr_id 0, opcode 12, flags 16, imm 20, then the union at 24: remote address 24, rkey or compare/add 32, swap 40, rkey 48."""
+"""wr_id 0, opcode 12, flags 16, imm 20, and the union: remote address 24, rkey or compare/add 32, swap 40, rkey 48."""
 _SEND_DMA_AT: Final = 184
 _DMA = Struct("<I8xI")
 """struct rxe_dma_info: length 0, num_sge 12."""
-_UD_HEAD = Struct("<II4xI")
-"""The union at 24 of a UD request: remote QPN, Q_Key, address handle number."""
 _RECV_HEAD = Struct("<Q8xI8xI")
 _SGE = Struct("<QII")
 _CQE = Struct("<QIIIIIIIIHHBBBB")
 """struct ib_uverbs_wc."""
 
+_MW = Struct("<QIIII")
 _WR_ATOMIC = (5, 6)
+_WR_BIND_MW: Final = 8
 BAD_OPCODE: Final = 255
 """What `fetch` gives for an element that makes no sense; the requester completes it as LOC_QP_OP_ERR."""
 _INLINE: Final = 8
@@ -103,7 +103,7 @@ class Ring:
 
 
 class _WorkRing(Ring):
-    """A ring that the program produces and the NIC consumes: private indices of the next fetch and the oldest fetched."""
+    """A ring that the NIC consumes: private indices of the next element to fetch and the oldest fetched."""
 
     __slots__ = ("_fetched", "_retired", "max_sge")
 
@@ -191,6 +191,10 @@ class SendRing(_WorkRing):
             return SendWqe(wr_id, opcode, flags, imm, length, (), data, remote, second & 0xFFFFFFFF, 0, 0, None)
         if count > self.max_sge:
             return SendWqe(wr_id, BAD_OPCODE, flags, 0, 0, (), None, 0, 0, 0, 0, None)
+        if opcode == _WR_BIND_MW:
+            # address 24, length 32, region's lkey 40, window's key 44, key to be 48, access 52
+            size, lkey, window, key, access = _MW.unpack_from(ring, at + 32)
+            return SendWqe(wr_id, opcode, flags, imm, size, (), None, remote, key, lkey, window << 32 | access, None)
         sges, length = self._sges(at + SEND_WQE, count)
         if opcode in _WR_ATOMIC:
             return SendWqe(wr_id, opcode, flags, imm, length, sges, None, remote, atomic_rkey, second, swap, None)
@@ -233,7 +237,7 @@ class ReceiveRing(_WorkRing):
         return RecvWqe(wr_id, length, sges)
 
     def move_to(self, other: ReceiveRing) -> None:
-        """Copy the receives that are not fetched into an empty `other` with elements of the same size (ibv_modify_srq)."""
+        """Copy the receives that are not fetched into an empty `other` with elements of the same size."""
         count = self.posted()
         for slot in range(count):
             source = HEADER + (((self._fetched + slot) & self.mask) << self.log2)
@@ -247,9 +251,7 @@ class CompletionRing(Ring):
 
     __slots__ = ("_producer",)
 
-    def __init__(
-        self, fd: int, offset: int, slots: int, free: Callable[[int, int], None], fresh: bool = True
-    ) -> None:
+    def __init__(self, fd: int, offset: int, slots: int, free: Callable[[int, int], None], fresh: bool = True) -> None:
         super().__init__(fd, offset, slots, MIN_ELEMENT, free, fresh)
         self._producer = 0
 

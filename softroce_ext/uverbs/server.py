@@ -39,6 +39,7 @@ _MAX_DATAGRAM: Final = 65536
 _NEIGHBOUR_TIMEOUT: Final = 3.0
 """Seconds that ibv_modify_qp waits for the partner's MAC, as the kernel's ib_resolve_eth_dmac about does."""
 
+
 @dataclass(slots=True)
 class _Waiting:
     """A command that waits for a neighbour's MAC."""

@@ -1,7 +1,7 @@
 """The files of /sys/class/infiniband* and /dev/infiniband that libibverbs and the tools read, below the run directory.
 
-libibverbs recognises a device by the modification time of class/infiniband/<name>, so after `create` only the contents of
-files change, in place. Every row of the GID table needs its file, empty ones too.
+libibverbs recognises a device by the modification time of class/infiniband/<name>, so after `create` only the contents
+of files change, in place. Every row of the GID table needs its file, empty ones too.
 """
 
 from __future__ import annotations

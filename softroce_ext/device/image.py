@@ -1,0 +1,245 @@
+"""The NIC image: every object of one or more contexts in one file, checked when it is read.
+
+Layout: the line `MIGROS NIC IMAGE 1`, two little-endian u64 (length of the JSON, length of the rings compressed by
+zlib), the JSON, the rings, and a CRC-32 of everything before it. The JSON is `Image`; rings refer to their bytes by
+offset. Nothing in it is the name of a host, so any NIC whose numbers are free can take it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from softroce_ext.device.errors import ImageError
+from softroce_ext.device.shared import RingImage
+
+try:
+    from isal.isal_zlib import compress
+except ImportError:  # the standard library's does the same, slower
+    from zlib import compress
+
+MAGIC: Final = b"MIGROS NIC IMAGE 1\n"
+VERSION: Final = 1
+_LENGTHS = struct.Struct("<QQ")
+_CRC = struct.Struct("<I")
+MAX_IMAGE: Final = 1 << 31
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+_U32 = Field(ge=0, lt=1 << 32)
+_U64 = Field(ge=0, lt=1 << 64)
+_HANDLE = Field(ge=1, lt=65536)
+
+
+class RingRecord(_Record):
+    """device.shared.RingImage; `at` is where its bytes begin in the ring section."""
+
+    offset: int = Field(ge=0, multiple_of=4096)
+    size: int = Field(gt=0, multiple_of=4096)
+    element: int = Field(ge=64)
+    mask: int = Field(ge=0)
+    producer: int = Field(ge=0)
+    consumer: int = Field(ge=0)
+    fetched: int = Field(ge=0)
+    at: int = Field(ge=0)
+
+
+class PdRecord(_Record):
+    handle: int = _HANDLE
+
+
+class MrRecord(_Record):
+    handle: int = _HANDLE
+    pd: int = _HANDLE
+    key: int = _U32
+    start: int = _U64
+    length: int = _U64
+    iova: int = _U64
+    access: int = _U32
+
+
+class MwRecord(_Record):
+    handle: int = _HANDLE
+    pd: int = _HANDLE
+    key: int = _U32
+    kind: int
+    mr: int | None
+    """Handle of the region that it is bound to."""
+    iova: int = _U64
+    end: int = _U64
+    access: int = _U32
+    qpn: int = _U32
+
+
+class AhRecord(_Record):
+    handle: int = _HANDLE
+    pd: int = _HANDLE
+    number: int = _U32
+    attributes: str
+
+
+class ChannelRecord(_Record):
+    name: str = Field(pattern=r"^comp-[0-9]+$")
+
+
+class CqRecord(_Record):
+    handle: int = _HANDLE
+    user_handle: int = _U64
+    ring: RingRecord
+    channel: str | None
+    notify: int = Field(ge=0, le=2)
+    comp_events: int = Field(ge=0)
+    async_events: int = Field(ge=0)
+    overflowed: bool
+
+
+class SrqRecord(_Record):
+    handle: int = _HANDLE
+    user_handle: int = _U64
+    pd: int = _HANDLE
+    ring: RingRecord
+    max_sge: int = Field(ge=1, le=64)
+    limit: int = Field(ge=0)
+    number: int = _U32
+    async_events: int = Field(ge=0)
+
+
+class QpRecord(_Record):
+    handle: int = _HANDLE
+    user_handle: int = _U64
+    kind: int
+    pd: int = _HANDLE
+    send_cq: int = _HANDLE
+    recv_cq: int = _HANDLE
+    srq: int | None
+    capabilities: tuple[int, int, int, int, int]
+    destination: str
+    alternate: str
+    send_ring: RingRecord
+    receive_ring: RingRecord | None
+    async_events: int = Field(ge=0)
+    context: dict[str, Any]
+    """transport.context.QpContext.to_plain."""
+
+
+class ContextRecord(_Record):
+    id: str = Field(pattern=r"^[0-9]+-[0-9]+$")
+    inner_pid: int = Field(ge=1)
+    uid: int = Field(ge=0)
+    gid: int = Field(ge=0)
+    async_open: bool
+    """The program has its asynchronous events' FIFO (it always has, after GET_CONTEXT)."""
+    mailbox: str
+    """The last answer, in hexadecimal: the program may have been frozen before it read it."""
+    pds: list[PdRecord]
+    mrs: list[MrRecord]
+    mws: list[MwRecord]
+    channels: list[ChannelRecord]
+    cqs: list[CqRecord]
+    srqs: list[SrqRecord]
+    ahs: list[AhRecord]
+    qps: list[QpRecord]
+
+
+class Image(_Record):
+    """Everything, in the order in which it is restored: PD → MR → MW → channel → CQ → SRQ → AH → QP."""
+
+    version: int
+    number_base: int = Field(ge=0, le=255)
+    """Of the NIC that wrote the image; for people who read it."""
+    contexts: list[ContextRecord]
+
+
+class RingSection:
+    """The bytes of all rings, one after another."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._parts: list[bytes] = [data] if data else []
+        self._length = len(data)
+
+    def add(self, image: RingImage) -> RingRecord:
+        """Append a ring's bytes; returns its record."""
+        record = RingRecord(at=self._length, **{k: v for k, v in image._asdict().items() if k != "data"})
+        self._parts.append(image.data)
+        self._length += len(image.data)
+        return record
+
+    def take(self, record: RingRecord) -> RingImage:
+        """The ring of a record. Raises ImageError when its numbers contradict each other."""
+        data = self.bytes()[record.at : record.at + record.size]
+        needed = 384 + (record.mask + 1) * record.element
+        if record.element & (record.element - 1) or record.mask & (record.mask + 1):
+            raise ImageError(
+                f"ring at {record.offset:#x}: {record.element} bytes x {record.mask + 1} are no powers of two"
+            )
+        if len(data) != record.size or needed > record.size:
+            raise ImageError(f"ring at {record.offset:#x}: {len(data)} bytes in the image, {needed} needed")
+        return RingImage(
+            record.offset,
+            record.size,
+            record.element,
+            record.mask,
+            record.producer,
+            record.consumer,
+            record.fetched,
+            data,
+        )
+
+    def bytes(self) -> bytes:
+        """All of it."""
+        if len(self._parts) > 1:
+            self._parts = [b"".join(self._parts)]
+        return self._parts[0] if self._parts else b""
+
+
+def write(path: str | os.PathLike[str], image: Image, rings: RingSection) -> int:
+    """Write an image file, complete or not at all; returns its length in bytes. Raises OSError."""
+    text = image.model_dump_json().encode()
+    packed = compress(rings.bytes(), 1)
+    body = MAGIC + _LENGTHS.pack(len(text), len(packed)) + text + packed
+    data = body + _CRC.pack(zlib.crc32(body))
+    scratch = Path(f"{os.fspath(path)}.part")
+    try:
+        scratch.write_bytes(data)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return len(data)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Image, RingSection]:
+    """Read and check an image file. Raises ImageError naming what is wrong and where, OSError."""
+    if os.path.getsize(path) > MAX_IMAGE:
+        raise ImageError(f"{path}: longer than {MAX_IMAGE} bytes")
+    data = Path(path).read_bytes()
+    head = len(MAGIC) + _LENGTHS.size
+    if not data.startswith(MAGIC):
+        raise ImageError(f"{path}: not a NIC image of version {VERSION} (it begins with {data[:20]!r})")
+    if len(data) < head + _CRC.size:
+        raise ImageError(f"{path}: cut off after {len(data)} bytes")
+    text_length, ring_length = _LENGTHS.unpack_from(data, len(MAGIC))
+    if len(data) != head + text_length + ring_length + _CRC.size:
+        raise ImageError(f"{path}: {len(data)} bytes, but its header announces {head + text_length + ring_length + 4}")
+    if zlib.crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]:
+        raise ImageError(f"{path}: the checksum does not match, the file is damaged")
+    try:
+        image = Image.model_validate_json(data[head : head + text_length])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the image"
+        raise ImageError(f"{path}: {place}: {first['msg']} ({error.error_count()} faults)") from None
+    if image.version != VERSION:
+        raise ImageError(f"{path}: version: {image.version}, this NIC reads {VERSION}")
+    try:
+        rings = zlib.decompress(data[head + text_length : -_CRC.size])
+    except zlib.error as error:
+        raise ImageError(f"{path}: the rings do not unpack: {error}") from None
+    return image, RingSection(rings)
