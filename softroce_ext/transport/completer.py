@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softroce_ext.transport import migros
-from softroce_ext.transport.context import SendRecord
+from softroce_ext.transport.context import QpContext, SendRecord
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError
 from softroce_ext.transport.requester import READS, go_back
 from softroce_ext.transport.scatter import resolve, scatter
@@ -144,9 +144,19 @@ def _oldest_for(qp: QueuePair, psn: int, now: float) -> SendRecord | None:
     return context.inflight[0] if context.inflight else None
 
 
+def _within_oldest_read(context: QpContext, psn: int) -> bool:
+    """Whether `psn` is one of the oldest request's responses, but not the next one, and the request a READ."""
+    if psn == context.una_psn or not context.inflight:
+        return False
+    oldest = context.inflight[0]
+    return oldest.wqe.opcode == WrOpcode.RDMA_READ and (psn - oldest.first_psn & PSN_MASK) < oldest.packets
+
+
 def _read_response(qp: QueuePair, packet: Packet, flags: int, now: float) -> None:
     """HOT. A READ response: place its data if it is the very next one."""
     context = qp.context
+    if not qp.config.retry_read_gaps and _within_oldest_read(context, packet.psn):
+        return
     record = _oldest_for(qp, packet.psn, now)
     if record is None:
         return

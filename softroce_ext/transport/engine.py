@@ -38,6 +38,8 @@ class EngineConfig:
     """Unacknowledged PSNs that a requester may have on the way."""
     packets_per_ackreq: int = 66
     """AckReq on every n-th packet of a long message (and on every message's last)."""
+    retry_read_gaps: bool = True
+    """Ask again for a READ's rest as soon as a response is missing (IBA: an implied NAK). rxe waits for its timer."""
     quantum: int = 32
     """Frames that one queue pair may send before the next one gets its turn; also packets per memory read."""
     minimum_ack_timeout: float = 0.008

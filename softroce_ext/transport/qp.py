@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = ["InvalidTransition", "QpContext", "QueuePair"]
 
-COMPLETION_OPCODE: dict[int, WcOpcode] = {
-    WrOpcode.RDMA_WRITE: WcOpcode.RDMA_WRITE,
-    WrOpcode.RDMA_WRITE_WITH_IMM: WcOpcode.RDMA_WRITE,
-    WrOpcode.SEND: WcOpcode.SEND,
-    WrOpcode.SEND_WITH_IMM: WcOpcode.SEND,
-    WrOpcode.SEND_WITH_INV: WcOpcode.SEND,
-    WrOpcode.RDMA_READ: WcOpcode.RDMA_READ,
-    WrOpcode.ATOMIC_CMP_AND_SWP: WcOpcode.COMP_SWAP,
-    WrOpcode.ATOMIC_FETCH_AND_ADD: WcOpcode.FETCH_ADD,
-    WrOpcode.LOCAL_INV: WcOpcode.LOCAL_INV,
-    WrOpcode.BIND_MW: WcOpcode.BIND_MW,
+COMPLETION_OPCODE: dict[int, int] = {
+    WrOpcode.RDMA_WRITE: int(WcOpcode.RDMA_WRITE),
+    WrOpcode.RDMA_WRITE_WITH_IMM: int(WcOpcode.RDMA_WRITE),
+    WrOpcode.SEND: int(WcOpcode.SEND),
+    WrOpcode.SEND_WITH_IMM: int(WcOpcode.SEND),
+    WrOpcode.SEND_WITH_INV: int(WcOpcode.SEND),
+    WrOpcode.RDMA_READ: int(WcOpcode.RDMA_READ),
+    WrOpcode.ATOMIC_CMP_AND_SWP: int(WcOpcode.COMP_SWAP),
+    WrOpcode.ATOMIC_FETCH_AND_ADD: int(WcOpcode.FETCH_ADD),
+    WrOpcode.LOCAL_INV: int(WcOpcode.LOCAL_INV),
+    WrOpcode.BIND_MW: int(WcOpcode.BIND_MW),
 }
 _WITH_IMM = frozenset({int(WrOpcode.RDMA_WRITE_WITH_IMM), int(WrOpcode.SEND_WITH_IMM)})
 _SIGNALED = int(SendFlag.SIGNALED)

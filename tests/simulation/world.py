@@ -18,7 +18,7 @@ from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import Engine, EngineConfig
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError, RecvWqe, SendWqe, Sge
 from softroce_ext.transport.qp import QueuePair
-from softroce_ext.transport.verbs import Access, QpState, SendFlag, WrOpcode
+from softroce_ext.transport.verbs import Access, SendFlag, WrOpcode
 from softroce_ext.wire.frame import MAX_FRAME, Buffer, Path, build, udp_source_port
 
 BASE = 0x10000
@@ -404,7 +404,7 @@ class World:
 
 
 def migrate(world: World, old: End, host: Host, *, keep_address: bool = True, restore_delay: float = 0.01) -> End:
-    """The whole move of one stopped queue pair: dump through JSON, forget at the source, restore and resume elsewhere."""
+    """The whole move of a stopped queue pair: dump through JSON, forget at the source, restore and resume elsewhere."""
     assert old.context.stopped
     plain = json.loads(json.dumps(old.context.to_plain()))
     old.host.engine.remove_qp(old.context.qpn)
