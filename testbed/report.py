@@ -7,7 +7,7 @@ colours there; FORCE_COLOR=1 keeps them) and to a colour-blind reader.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -249,16 +249,19 @@ def _nics(hosts: Iterable[Host]) -> Table:
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for host in hosts:
-        nic = host.nic
 
-        def pair(name: str, nic: dict[str, int] = nic) -> str:
-            return f"{text.count(nic.get('sent_' + name))}/{text.count(nic.get('rcvd_' + name))}"
+        def counted(name: str, nic: dict[str, int] = host.nic) -> int | None:
+            # A NIC lists what it has counted: what its list lacks did not happen.
+            return nic.get(name, 0) if nic else None
+
+        def pair(name: str, counted: Callable[[str], int | None] = counted) -> str:
+            return "/".join(text.count(counted(f"{way}_{name}")) for way in ("sent", "rcvd"))
 
         table.add_row(
             host.name,
-            text.count(nic.get("tx_packets")), text.count(nic.get("rx_packets")),
-            text.size(nic.get("tx_bytes")), text.size(nic.get("rx_bytes")),
-            text.count(nic.get("retransmits")), pair("nak_stopped"), pair("resume"),
+            text.count(counted("tx_packets")), text.count(counted("rx_packets")),
+            text.size(counted("tx_bytes")), text.size(counted("rx_bytes")),
+            text.count(counted("retransmits")), pair("nak_stopped"), pair("resume"),
         )  # fmt: skip
     return table
 

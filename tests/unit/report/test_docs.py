@@ -21,6 +21,22 @@ def test_state_diagram_is_the_table() -> None:
     assert (ROOT / "docs" / "qp-states.md").read_text() == module.document()
 
 
+def test_every_control_command_is_documented() -> None:
+    from softroce_ext.management import COMMANDS
+
+    rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "nic-control.md").read_text(), re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert documented == set(COMMANDS)
+
+
+def test_every_option_of_the_nic_is_documented() -> None:
+    from softroce_ext.__main__ import parser
+
+    text = (ROOT / "docs" / "nic-control.md").read_text()
+    options = [option for action in parser()._actions for option in action.option_strings if option.startswith("--")]
+    assert [option for option in options if option != "--help" and f"`{option}" not in text] == []
+
+
 def anchors(document: Path) -> set[str]:
     """The anchors that GitHub makes of a document's headings."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
