@@ -81,7 +81,7 @@ class Schedule:
         """What the NIC of the application's host has sent and received since the application was first looked at."""
         host = self._session.apps.host_of(name)
         try:
-            counters = host.call("nic", command="counters", timeout=10)
+            counters = host.call("nic", command="counters", timeout=10)["counters"]
         except TestbedError:
             return 0
         total = int(counters.get("tx_bytes", 0)) + int(counters.get("rx_bytes", 0))

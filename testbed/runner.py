@@ -29,6 +29,7 @@ from testbed.results import Listener, RunFolder
 from testbed.session import Session
 from testbed.state import RunState, runs
 from testbed.topology import ResolvedHost, ResolvedTopology
+from testbed.topology.models import HEADROOM
 
 COUNTER_INTERVAL: Final = 0.5
 """Seconds between two readings of a NIC's counters for the live view."""
@@ -192,7 +193,8 @@ class _Run:
         _in_parallel(start, list(self.topology.hosts.values()))
 
     def _nic_options(self, session: Session, host: ResolvedHost) -> list[str]:
-        options = ["--mtu", str(host.nic.mtu), "--seed", str(self.topology.seed + host.index)]
+        # The NIC wants the interface MTU whose active RDMA MTU is the one wished for.
+        options = ["--mtu", str(host.nic.mtu + HEADROOM), "--seed", str(self.topology.seed + host.index)]
         if not host.nic.migros:
             options.append("--no-migros")
         if host.nic.capture:
@@ -253,7 +255,7 @@ class _Run:
             with contextlib.suppress(TestbedError):
                 self.nics[host.name] = {
                     key: value
-                    for key, value in host.call("nic", command="counters", timeout=10).items()
+                    for key, value in host.call("nic", command="counters", timeout=10)["counters"].items()
                     if type(value) is int
                 }
 

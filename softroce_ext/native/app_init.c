@@ -1,7 +1,7 @@
 /*
  * app_init: starts one application in a pid namespace of its own, in a shape that CRIU can checkpoint.
  *
- *   app_init --dir DIR [--cwd DIR] [--env NAME=VALUE]... -- COMMAND [ARGUMENT]...
+ *   app_init --dir DIR [--cwd DIR] [--policy idle|batch|other] [--env NAME=VALUE]... -- COMMAND [ARGUMENT]...
  *
  * Three processes come of it:
  *
@@ -14,6 +14,9 @@
  *              no terminal. Reaps orphans, forwards SIGTERM and SIGINT, writes DIR/exit when the command ends.
  *   command    COMMAND, found through PATH, with the --env variables added (init itself runs without them, so that a
  *              preloaded library is mapped into the application only).
+ *
+ * --policy is the scheduling policy (sched(7)) of init and command. RDMA programs poll, and beside them the scheduler lets
+ * a NIC or a switch that wakes up wait for the end of a time slice, milliseconds. Before SCHED_IDLE it goes at once.
  *
  * DIR/exit appears atomically and holds "code N\n" or "signal N\n", then "at SECONDS\n" (wall clock; CLOCK_MONOTONIC is
  * not comparable across a restore, which gives the tree a time namespace). After a migration it lies in DIR of the
@@ -203,17 +206,30 @@ static void hold_lifeline(pid_t init)
 static _Noreturn void usage(const char *problem)
 {
 	fprintf(stderr,
-		"app_init: %s\nusage: app_init --dir DIR [--cwd DIR] [--env NAME=VALUE]... -- COMMAND [ARGUMENT]...\n",
+		"app_init: %s\nusage: app_init --dir DIR [--cwd DIR] [--policy idle|batch|other] [--env NAME=VALUE]... -- "
+		"COMMAND [ARGUMENT]...\n",
 		problem);
 	exit(OWN_FAILURE);
 }
 
+static int policy_named(const char *name)
+{
+	if (strcmp(name, "idle") == 0)
+		return SCHED_IDLE;
+	if (strcmp(name, "batch") == 0)
+		return SCHED_BATCH;
+	if (strcmp(name, "other") == 0)
+		return SCHED_OTHER;
+	usage("--policy is idle, batch or other");
+}
+
 int main(int argc, char **argv)
 {
+	const struct sched_param no_priority = { 0 };
 	const char *directory = NULL, *cwd = NULL;
 	char **environment = calloc((size_t)argc, sizeof *environment);
 	char resolved[PATH_MAX];
-	int count = 0, i, status;
+	int count = 0, policy = -1, i, status;
 	pid_t init;
 
 	if (!environment)
@@ -225,6 +241,8 @@ int main(int argc, char **argv)
 			directory = argv[i + 1];
 		else if (strcmp(argv[i], "--cwd") == 0)
 			cwd = argv[i + 1];
+		else if (strcmp(argv[i], "--policy") == 0)
+			policy = policy_named(argv[i + 1]);
 		else if (strcmp(argv[i], "--env") == 0 && strchr(argv[i + 1], '='))
 			environment[count++] = argv[i + 1];
 		else
@@ -241,6 +259,8 @@ int main(int argc, char **argv)
 	init = fork();
 	if (init < 0)
 		die("fork");
+	if (init == 0 && policy >= 0 && sched_setscheduler(0, policy, &no_priority) < 0)
+		die("sched_setscheduler");
 	if (init == 0)
 		run_init(resolved, cwd ? cwd : resolved, argv + i + 1, environment, count);
 

@@ -61,11 +61,12 @@ def start_app(
     env: dict[str, str] | None = None,
     cwd: str | None = None,
     rdma: bool = True,
+    policy: str = "other",
 ) -> dict[str, Any]:
     """Start `argv` as application `name`. Returns {"init": pid}.
 
-    `env` is added to the agent's environment; `rdma` adds what lets stock rdma-core find this host's NIC. The event
-    `app_exited` {app, code or signal, at} tells when it ends.
+    `env` is added to the agent's environment; `rdma` adds what lets stock rdma-core find this host's NIC; `policy` is
+    app_init's. The event `app_exited` {app, code or signal, at} tells when it ends.
     """
     running = agent.apps.get(name)
     if running is not None and running.ended is None:
@@ -81,7 +82,7 @@ def start_app(
     directory.mkdir(parents=True)
     variables = (_rdma_environment(agent) if rdma else {}) | (env or {})
     try:
-        command = [str(build.path("app_init")), "--dir", str(directory)]
+        command = [str(build.path("app_init")), "--dir", str(directory), "--policy", policy]
     except build.BuildError as error:
         raise OperationError(str(error), blame="environment") from error
     if cwd is not None:

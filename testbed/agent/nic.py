@@ -181,6 +181,6 @@ def poll_counters(agent: Agent, *, interval: float) -> None:
                 answer = running_nic(agent).command("counters", {}, 5.0)
             except OperationError:
                 return
-            agent.event("counters", counters={k: v for k, v in answer.items() if type(v) is int})
+            agent.event("counters", counters=answer["counters"])
 
     threading.Thread(target=poll, name="poll-counters", daemon=True).start()
