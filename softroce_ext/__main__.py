@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import resource
 import signal
 import socket
 import struct
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from softroce_ext.device.numbers import MAX_BASE
 from softroce_ext.impairment import ImpairmentSpec
+from softroce_ext.native import build
 
 EXIT_BAD_INPUT, EXIT_ENVIRONMENT = 2, 3
 HIGH_NICE = -15
@@ -67,6 +69,17 @@ def _short_slice() -> None:
     # struct sched_attr: size, policy, flags, nice, priority, runtime (ns; the slice of SCHED_OTHER), deadline, period
     attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, HIGH_NICE, 0, SLICE_NS, 0, 0)
     libc.syscall(_SYS_SCHED_SETATTR, 0, attributes, 0)
+
+
+def _limits() -> None:
+    """As many descriptors as allowed (each shared ring holds one), and no death by a program that cuts its queues."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        if ctypes.CDLL(str(build.path("guard"))).guard_install():
+            raise OSError("sigaction failed")
+    except (OSError, build.BuildError) as error:
+        print(f"softroce_ext: without protection against truncated queues: {error}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -133,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.set_wakeup_fd(writing)
     nic.watch(reading, lambda _: None)
     _priority(options.priority)
+    _limits()
     print("ready", flush=True)
     try:
         if options.profile:

@@ -57,6 +57,12 @@ class Neighbours:
 
     def mac(self, address: bytes) -> bytes | None:
         """Return the next hop's MAC for an IPv4 address (4 bytes), or None: not known yet, and being asked for."""
+        try:
+            return self._mac(address)
+        except OSError:  # no route, the interface is down: the caller asks again until its patience ends
+            return None
+
+    def _mac(self, address: bytes) -> bytes | None:
         hop = self._next_hop(address)
         if hop is None:
             return None

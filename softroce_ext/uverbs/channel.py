@@ -16,6 +16,7 @@ import ctypes
 import errno
 import mmap
 import os
+import shutil
 import struct
 import threading
 from collections.abc import Callable
@@ -108,7 +109,8 @@ class Fifo:
     def close(self) -> None:
         """Close and remove."""
         os.close(self.fd)
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the directory belongs to the program, which may have tidied up
+            self._path.unlink()
 
 
 class FileSpace:
@@ -343,11 +345,4 @@ class FileChannel:
         self._words.release()
         self.control.close()
         os.close(self._fd)
-        for name in ("doorbell", "queues"):
-            (self.directory / name).unlink(missing_ok=True)
-        try:
-            self.directory.rmdir()
-        except OSError:
-            for left in self.directory.iterdir():
-                left.unlink()
-            self.directory.rmdir()
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -13,6 +13,7 @@ import socket
 import stat
 import struct
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,9 @@ class CommandServer:
                 self.trace(f"{context.id} {_name(operation)}: {fault}")
         except (struct.error, IndexError):
             error = errno.EINVAL  # a command shorter than its structure
+        except Exception:  # a fault of ours must not end every other program's connections
+            error = errno.EIO
+            traceback.print_exc()
         context.channel.answer(sequence, error, data, install)
         if self.trace:
             took = (time.monotonic() - started) * 1e6

@@ -1,0 +1,41 @@
+/* guard.c: a NIC survives a program that cuts the file they share.
+ *
+ * The shared queues lie in a tmpfs file that the program can truncate (by a raw system call; the bridge refuses
+ * ftruncate). The NIC's next look at them would be SIGBUS. Here that page becomes private zeros instead: the program's
+ * queue is lost to it, the NIC and every other program go on.
+ */
+#include <signal.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+static uintptr_t page_mask;
+static volatile sig_atomic_t mended;
+
+static void on_bus_error(int number, siginfo_t *info, void *context)
+{
+	void *page = (void *)((uintptr_t)info->si_addr & page_mask);
+
+	(void)context;
+	if (info->si_code == BUS_ADRERR &&
+	    mmap(page, ~page_mask + 1, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == page) {
+		mended++;
+		return;
+	}
+	signal(number, SIG_DFL); /* not ours to mend: the access is repeated and ends the process */
+}
+
+/* Install the handler; 0, or -1 with errno. */
+EXPORT int guard_install(void)
+{
+	struct sigaction action = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_NODEFER};
+
+	page_mask = ~((uintptr_t)sysconf(_SC_PAGESIZE) - 1);
+	sigemptyset(&action.sa_mask);
+	return sigaction(SIGBUS, &action, NULL);
+}
+
+/* How many pages were replaced. */
+EXPORT int guard_mended(void) { return mended; }
