@@ -8,7 +8,7 @@ import time
 import traceback
 from typing import Final
 
-from testbed import summary
+from testbed import captures, summary
 from testbed.errors import TestbedError
 from testbed.session import Session
 from testbed.topology import ResolvedMigration
@@ -109,7 +109,8 @@ class Schedule:
             session.folder.event("migration_finished", index=migration.index, ok=False, rolled_back=False, error=error)
             return
         try:
-            record = migrate(session, migration)
+            with captures.during_migration(session, migration.index):
+                record = migrate(session, migration)
         except TestbedError as error:
             rolled_back = bool(getattr(error, "rolled_back", False))
             record = blank.model_copy(update={"error": error.message, "hint": error.hint, "rolled_back": rolled_back})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -306,12 +307,14 @@ def _statistics(summary: Summary) -> Table:
 def _kept(summary: Summary) -> RenderableType:
     table = _table("", "*", header=False)
     for host in summary.hosts:
-        if host.capture is not None:
-            frames = "" if host.capture.frames is None else f", {_plural(host.capture.frames, 'frame')}"
-            table.add_row(host.capture.path, f"RoCE frames at {host.name}, {text.size(host.capture.bytes)}{frames}")
+        for capture in host.captures:
+            frames = "" if capture.frames is None else f", {_plural(capture.frames, 'frame')}"
+            table.add_row(capture.path, f"RoCE frames at {host.name}, {text.size(capture.bytes)}{frames}")
     for app in summary.apps:
         for path in app.logs.values():
             table.add_row(path, f"what {app.name} printed")
+    if summary.folder and (Path(summary.folder) / "timeline.png").exists():
+        table.add_row("timeline.png", "the migrations' phases as a picture")
     table.add_row("summary.json", "this report as data")
     table.add_row("events.jsonl", "what happened when")
     return Group(Text(summary.folder, overflow="fold"), table)

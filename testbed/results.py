@@ -4,7 +4,7 @@
     events.jsonl     what happened when, one JSON object per line (testbed.events)
     topology.yaml    the topology as it was run, every default filled in
     versions.json    kernel, packages, programs, CRIU, Open vSwitch
-    pcaps/<host>.pcap    RoCE frames of the host's NIC
+    pcaps/           RoCE frames of the hosts' NICs (testbed.captures)
     logs/<app>.stdout|stderr, logs/<host>.nic.log, …
 
 `RunFolder.event` is also how the live view learns what happens: it subscribes.

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from testbed import captures, versions
 from testbed import summary as report
-from testbed import versions
 from testbed.apps import Applications
 from testbed.checkpoint import criu_binary
 from testbed.errors import EnvironmentProblem, Interrupted, TestbedError
@@ -122,6 +122,10 @@ class _Run:
             with _no_interrupt(lambda: folder.event("note", text="still removing what was made; please wait")):
                 self._end(error)
         summary = self._summary(error)
+        if self.topology.report.plots and summary.migrations:
+            from testbed import plots  # half a second for matplotlib, when nobody waits for a program any more
+
+            plots.run_timeline(folder.path / "timeline.png", summary)
         folder.event("run_finished", ok=summary.ok)
         folder.finish(summary)
         return summary
@@ -294,10 +298,6 @@ class _Run:
         )
 
     def _host(self, host: ResolvedHost, migrations: list[report.Migration]) -> report.Host:
-        path = self.folder.pcap(host.name)
-        capture = None
-        if path.exists():
-            capture = report.Capture(path=self.folder.relative(path), bytes=path.stat().st_size)
         gone = {
             self.topology.migrations[m.index].ip_before for m in migrations if m.ok and m.address == "keep"
         }  # an address that moved is no longer its first host's
@@ -306,7 +306,7 @@ class _Run:
             ip=None if host.ip in gone else host.ip,
             node_ip=host.node_ip,
             nic=self.nics.get(host.name, {}),
-            capture=capture,
+            captures=captures.found(self.folder, host.name),
         )
 
 

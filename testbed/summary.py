@@ -87,7 +87,7 @@ class Host(Record):
     ip: str | None = Field(None, description="host address (the GID) at the end of the run; null when it moved away")
     node_ip: str | None = Field(None, description="permanent node address, used for bulk transfer")
     nic: dict[str, int] = Field(default_factory=dict, description="the NIC's counters: name → count")
-    capture: Capture | None = None
+    captures: list[Capture] = Field(default_factory=list)
 
 
 class App(Record):

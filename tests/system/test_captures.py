@@ -215,7 +215,8 @@ class TestFolder:
         sent = sum(1 for f in captured(run, "h3") if f.opcode == RESUME)
         assert migration["resumes"] == sent
         for host in run["hosts"]:
-            assert host["capture"]["frames"] == len(captured(run, host["name"]))
+            (capture,) = host["captures"]
+            assert capture["frames"] == len(captured(run, host["name"]))
 
     def test_text_is_kept_out_of_json(self, run: dict[str, Any]) -> None:
         """`--json` printed one JSON document and nothing else (the fixture parsed it whole)."""

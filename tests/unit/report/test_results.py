@@ -7,6 +7,7 @@ the table is refused; an interval holds its median, is the same for the same see
 from __future__ import annotations
 
 import json
+import struct
 import threading
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from testbed.captures import count_frames, found
 from testbed.results import RunFolder, load_summary, summarise_repeats
 from testbed.stats import estimate, over_runs, paired_ratio, significant
 from testbed.summary import PHASES, SCHEMA_FILE, Environment, Migration, Summary, summary_schema
@@ -209,3 +211,28 @@ class TestRepeats:
         data = json.loads(FIXTURE.read_text())
         paths = over_runs([data])
         assert "migrations[0].index" not in paths and "migrations[0].phases_ms.freeze" in paths
+
+
+class TestCaptures:
+    def pcap(self, path: Path, frames: int, torn: int = 0) -> Path:
+        record = struct.pack("<IIII", 1, 2, 60, 1500) + bytes(60)
+        head = struct.pack("<IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 60, 1)
+        path.write_bytes(head + record * frames + record[:torn])
+        return path
+
+    @pytest.mark.parametrize("torn", [0, 10, 16, 40])
+    def test_frames_are_counted(self, tmp_path: Path, torn: int) -> None:
+        assert count_frames(self.pcap(tmp_path / "a.pcap", 7, torn)) == 7
+
+    def test_empty_captures(self, tmp_path: Path) -> None:
+        assert count_frames(self.pcap(tmp_path / "a.pcap", 0)) == 0
+        (tmp_path / "b.pcap").write_bytes(b"")
+        assert count_frames(tmp_path / "b.pcap") == 0
+
+    def test_all_of_a_host_and_none_of_another(self, tmp_path: Path) -> None:
+        folder = RunFolder.create("t", seed=1, root=tmp_path)
+        for name in ("h1", "h1-migration1", "h1-migration2", "h10-migration1"):
+            self.pcap(folder.pcap(name), 3)
+        paths = ["pcaps/h1.pcap", "pcaps/h1-migration1.pcap", "pcaps/h1-migration2.pcap"]
+        assert [capture.path for capture in found(folder, "h1")] == paths
+        assert found(folder, "h2") == []
