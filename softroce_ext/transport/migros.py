@@ -35,6 +35,7 @@ from softroce_ext.wire.headers import (
     AETH_KIND,
     BTH_AETH,
     MIGROS_CAPABLE,
+    MIGROS_RECEIVER,
     MIGROS_RESUMED,
     NAK_STOPPED,
     PKEY_DEFAULT,
@@ -100,6 +101,7 @@ def refuse_while_stopped(qp: QueuePair) -> None:
     last = context.answers[-1] if context.answers else None
     if isinstance(last, Acknowledge) and last.syndrome == NAK_STOPPED:
         return  # one in a batch is enough
+    context.nak_sent = True  # what follows it need not be asked for
     context.answers.append(Acknowledge(context.expected_psn, NAK_STOPPED, context.msn))
 
 
@@ -110,10 +112,12 @@ def send_resume(qp: QueuePair, now: float, sink: FrameSink) -> int:
         return 0
     if context.resume_since is None:
         context.resume_since = now
+    ack_byte, psn = ACK_REQ | qp.capability, context.una_psn
+    if context.state == QpState.RTR:  # perftest's servers stay there
+        ack_byte, psn = ack_byte | MIGROS_RECEIVER, context.expected_psn
     headers = BTH_AETH.pack(
-        op.RESUME << 24 | PKEY_DEFAULT, context.destination_qpn, (ACK_REQ | qp.capability) << 24 | context.una_psn,
-        ACK_UNLIMITED << 24 | context.msn,
-    )  # fmt: skip
+        op.RESUME << 24 | PKEY_DEFAULT, context.destination_qpn, ack_byte << 24 | psn, ACK_UNLIMITED << 24 | context.msn
+    )
     assert context.path is not None
     sink.add(context.path, headers, b"", 0)
     qp.counters["sent_resume"] += 1
@@ -141,19 +145,20 @@ def resume_answer(qp: QueuePair, packet: Packet, now: float) -> bool:
     outstanding = context.high_psn - context.una_psn & PSN_MASK
     executed = packet.psn + 1 - context.una_psn & PSN_MASK
     syndrome = packet.raw[packet.headers_at]
-    if packet.ack_byte & MIGROS_RESUMED and syndrome & AETH_KIND == AETH_ACK and executed <= outstanding:
+    receiver = context.state == QpState.RTR  # no PSN of its own to compare with, nothing to be acknowledged
+    if packet.ack_byte & MIGROS_RESUMED and syndrome & AETH_KIND == AETH_ACK and (receiver or executed <= outstanding):
         context.resume_pending = False
         context.resume_deadline = context.resume_since = None
         context.resume_acked_at = now
         qp.counters["resume_acked"] += 1
         _unpause(qp)
-        return False  # it acknowledges like any other
-    if syndrome == NAK_STOPPED and (packet.psn - context.una_psn & PSN_MASK) <= outstanding:
+        return receiver  # it acknowledges like any other
+    if syndrome == NAK_STOPPED and (receiver or (packet.psn - context.una_psn & PSN_MASK) <= outstanding):
         # The partner is being moved too: it will send a RESUME; ours goes on, since its new place must hear it.
         context.resume_since = now
         pause(qp, packet.psn, now)
         return True
-    return False
+    return receiver
 
 
 # --- its partner ---
@@ -228,7 +233,8 @@ def receive_resume(qp: QueuePair, packet: Packet) -> None:
 def acceptable(qp: QueuePair, packet: Packet) -> bool:
     """Whether to believe a RESUME: both speak MigrOS, it is for this address, and its PSN can be true.
 
-    The sender's first unacknowledged PSN is at most a window, and the last READ's responses, behind what is expected.
+    The sender's first unacknowledged PSN is at most a window, and the last READ's responses, behind what is expected. One
+    in RTR says what it expects, which lies between what was acknowledged to this end and what this end has sent.
     """
     context: QpContext = qp.context
     if not qp.config.migros or context.state not in CONNECTED or not packet.ack_byte & MIGROS_CAPABLE:
@@ -236,5 +242,7 @@ def acceptable(qp: QueuePair, packet: Packet) -> bool:
     path = context.path
     if path is None or packet.addresses[len(packet.addresses) // 2 :] != path.source_ip:
         return False
+    if packet.ack_byte & MIGROS_RECEIVER:
+        return (packet.psn - context.una_psn & PSN_MASK) <= (context.high_psn - context.una_psn & PSN_MASK)
     reach = qp.config.window + (context.resources[-1].packets if context.resources else 0)
     return (context.expected_psn - packet.psn & PSN_MASK) <= reach

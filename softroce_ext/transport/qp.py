@@ -223,7 +223,7 @@ class QueuePair:
             self.engine.touched.append(self)
         if flags & _REQUEST:
             responder.receive_request(self, packet, flags, now)
-        elif context.state in _RTS_SQD:
+        elif context.state in _RTS_SQD or context.resume_pending:
             completer.receive_answer(self, packet, flags, now)
 
     def transmit(self, now: float, sink: FrameSink, budget: int) -> int:

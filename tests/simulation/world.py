@@ -316,9 +316,12 @@ class Link:
     duplicate: float = 0.0
     corrupt: float = 0.0
     delay: float = 10e-6
+    spacing: float = 0.0
+    """Seconds between two frames on the wire: with some, frames arrive one by one instead of in batches."""
     drop: Callable[[bytes], bool] | None = None
     """Besides: frames to lose on purpose."""
     random: random.Random = field(init=False)
+    _free_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -331,6 +334,7 @@ class Link:
         if chance() < self.loss:
             return []
         copies = 2 if chance() < self.duplicate else 1
+        now = self._free_at = max(now, self._free_at) + self.spacing
         arrivals = []
         for _ in range(copies):
             delay = self.delay * (1 + (10 * chance() if chance() < self.reorder else 0))
@@ -364,8 +368,11 @@ class World:
                 self._sequence += 1
                 heapq.heappush(self._air, (when, self._sequence, carried))
 
-    def step(self) -> bool:
-        """Let everything that is due now happen, else move the clock on. False when nothing will ever happen again."""
+    def step(self, until: float = float("inf")) -> bool:
+        """Let everything that is due now happen, else move the clock on to the next event, but not beyond `until`.
+
+        False when nothing will happen until then.
+        """
         due: dict[int, list[bytes]] = {}
         while self._air and self._air[0][0] <= self.now:
             frame = heapq.heappop(self._air)[2]
@@ -384,7 +391,7 @@ class World:
             return True
         times = [self._air[0][0]] if self._air else []
         times += [when for host in self.hosts if host.alive and (when := host.engine.next_timer()) is not None]
-        if not times:
+        if not times or min(times) > until:
             return False
         self.now = max(min(times), self.now + 1e-9)
         return True
@@ -393,18 +400,22 @@ class World:
         """Step until `until()`; raises Stuck after `limit` seconds of virtual time."""
         end_at = self.now + limit
         while not until():
-            if not self.step() or self.now > end_at:
+            if (not self.step() or self.now > end_at) and not until():
                 raise Stuck(f"at {self.now:.3f}: {[dict(host.engine.counters) for host in self.hosts]}")
 
     def settle(self, seconds: float = 1.0) -> None:
-        """Let `seconds` pass, or less when nothing happens any more."""
+        """Let `seconds` pass."""
         end_at = self.now + seconds
-        while self.now < end_at and self.step():
+        while self.step(end_at):
             pass
+        self.now = end_at
 
 
 def migrate(world: World, old: End, host: Host, *, keep_address: bool = True, restore_delay: float = 0.01) -> End:
-    """The whole move of a stopped queue pair: dump through JSON, forget at the source, restore and resume elsewhere."""
+    """The whole move of a stopped queue pair: dump through JSON, forget at the source, restore and resume elsewhere.
+
+    `old` is changed in place: it is the same application, with its queue pair at another host.
+    """
     assert old.context.stopped
     plain = json.loads(json.dumps(old.context.to_plain()))
     old.host.engine.remove_qp(old.context.qpn)
@@ -418,14 +429,13 @@ def restore(world: World, old: End, plain: dict[str, Any], host: Host, *, keep_a
     assert context.path is not None
     address = context.path.source_ip if keep_address else ip(host.number)
     path = context.path.replace(source_mac=mac(host.number), source_ip=address)
-    sq, rq = WorkQueue(), WorkQueue()
-    for new, was in ((sq, old.sq), (rq, old.rq)):
-        new.posted, new.fetched, new.retired = was.posted, was.fetched, was.retired
-    qp = QueuePair(context, sq, rq, old.scq, old.rcq, old.pd, path, old.events)
+    # The application's memory and queues move with its process: the same objects serve.
+    qp = QueuePair(context, old.sq, old.rq, old.scq, old.rcq, old.pd, path, old.events)
     host.engine.add_qp(qp)
     world.location[address] = host
     qp.resume()
-    return End(qp, old.ram, old.pd, sq, rq, old.scq, old.rcq, old.events, host)
+    old.qp, old.host = qp, host
+    return old
 
 
 Frames = deque[bytes]

@@ -180,25 +180,21 @@ def mtu_of(name: str) -> int:
     return {"rc_mtu256": 256, "rc_ackreq": 256, "rc_mtu4096": 4096}.get(name, 1024)
 
 
-REQUESTER: dict[str, dict[str, Any]] = (
-    {
-        name: {}
-        for name in (
-            "rc_send rc_send_imm rc_send_inv rc_write rc_write_imm rc_read rc_mtu256 rc_mtu4096 rc_psn_wrap rc_ackreq "
-            "rc_burst rc_atomic nak_inv_req nak_psn_seq nak_rem_access nak_rem_op nak_rnr"
-        ).split()
-    }
-    | {
-        name: {"timeout": 17}
-        for name in (
-            "retx_ack_lost retx_atomic_ack retx_read_req retx_read_resp retx_send_timeout retx_write_last"
-        ).split()
-    }
-    | {
-        "nak_rnr_exhausted": {"rnr_retry": 2},
-        "retx_exhausted": {"timeout": 12, "retry_cnt": 3},
-    }
-)
+CLEAN = (
+    "rc_send", "rc_send_imm", "rc_send_inv", "rc_write", "rc_write_imm", "rc_read", "rc_mtu256", "rc_mtu4096",
+    "rc_psn_wrap", "rc_ackreq", "rc_burst", "rc_atomic", "nak_inv_req", "nak_psn_seq", "nak_rem_access", "nak_rem_op",
+    "nak_rnr",
+)  # fmt: skip
+TIMER = (
+    "retx_ack_lost", "retx_atomic_ack", "retx_read_req", "retx_read_resp", "retx_send_timeout", "retx_write_last",
+)  # fmt: skip
+REQUESTER: dict[str, dict[str, Any]] = {
+    **{name: {} for name in CLEAN},
+    **{name: {"timeout": 17} for name in TIMER},
+    "nak_rnr_exhausted": {"rnr_retry": 2},
+    "retx_exhausted": {"timeout": 12, "retry_cnt": 3},
+}
+"""Captures, and what a's queue pair has besides the defaults."""
 STATUS = {
     "nak_inv_req": [9, 9, 11, 9],
     "nak_rem_access": [10, 10, 10, 10],
@@ -227,7 +223,7 @@ def test_requester_sends_what_rxe_sent(name: str) -> None:
             events.append(
                 (
                     message.first.time,
-                    lambda m=message, i=number, a=address, f=flags: here.post(  # type: ignore[misc]
+                    lambda h=here, m=message, i=number, a=address, f=flags: h.post(  # type: ignore[misc]
                         m.opcode, i, a, m.length, flags=int(f), imm=m.imm, remote_address=m.remote_address,
                         rkey=m.rkey, swap=m.swap, compare_add=m.compare_add,
                     ),
@@ -297,7 +293,7 @@ def test_responder_answers_what_rxe_answered(name: str) -> None:
                 when = 0.29  # posted just before the last attempt
             if name != "nak_rnr_exhausted":
                 events.append(
-                    (when - 1e-6, lambda i=number, n=length: here.receive(i, BASE + 131072, n))  # type: ignore[misc]
+                    (when - 1e-6, lambda h=here, i=number, n=length: h.receive(i, BASE + 131072, n))  # type: ignore[misc]
                 )
         if not incoming:
             continue
