@@ -233,8 +233,8 @@ def receive_resume(qp: QueuePair, packet: Packet) -> None:
 def acceptable(qp: QueuePair, packet: Packet) -> bool:
     """Whether to believe a RESUME: both speak MigrOS, it is for this address, and its PSN can be true.
 
-    The sender's first unacknowledged PSN is at most a window, and the last READ's responses, behind what is expected. One
-    in RTR says what it expects, which lies between what was acknowledged to this end and what this end has sent.
+    The sender's first unacknowledged PSN is at most a window, and the last READ's responses, behind what is expected.
+    One in RTR says what it expects: between what was acknowledged to this end and what this end has sent.
     """
     context: QpContext = qp.context
     if not qp.config.migros or context.state not in CONNECTED or not packet.ack_byte & MIGROS_CAPABLE:

@@ -40,6 +40,9 @@ MIGROS_CAPABLE = 0x40
 """Reserved bit of the same byte: the sender speaks MigrOS (ours; inside the ICRC's coverage)."""
 MIGROS_RESUMED = 0x20
 """Reserved bit of the same byte: this ACK answers a RESUME (ours)."""
+MIGROS_RECEIVER = 0x10
+"""Reserved bit of the same byte: this RESUME comes from a queue pair in RTR. It has sent nothing and has no PSN of
+its own yet; the RESUME carries the PSN that it expects instead (ours)."""
 
 # AETH syndromes (IBA 9.7.5.1.2): the top three bits are the kind, the low five a credit count, RNR timer or NAK code.
 AETH_KIND = 0xE0
