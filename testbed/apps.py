@@ -34,6 +34,8 @@ class Application:
     """time.monotonic() when its end was noticed."""
     code: int | None = None
     signal: int | None = None
+    longest_gap: float | None = None
+    """Longest time between two completions, seconds; None if it had none."""
     problems: list[summary.Problem] = field(default_factory=list)
     timed_out: bool = False
 
@@ -139,6 +141,8 @@ class Applications:
     def on_event(self, host: str, event: Mapping[str, Any]) -> None:
         """Take in an agent's event."""
         if event["event"] == "app_exited" and event["app"] in self.all:  # experiments start programs of their own
+            with self._changed:
+                self.all[str(event["app"])].longest_gap = event.get("longest_gap")
             self._ended(host, str(event["app"]), event.get("code"), event.get("signal"), float(event["t"]))
         elif event["event"] == "agent_gone" and event["reason"] != "closed":
             with self._changed:
@@ -252,6 +256,7 @@ class Applications:
             ok=app.as_expected and wrong is None,
             checked=app.spec.check == "data",
             duration_s=None if app.started is None or app.ended is None else app.ended - app.started,
+            longest_gap_ms=None if app.longest_gap is None else app.longest_gap * 1000,
             logs=logs,
             tail=(texts["stdout"] + texts["stderr"]).splitlines()[-self._tail :] if self._tail else [],
             measured=output.measured(list(app.spec.argv), texts["stdout"]),

@@ -32,7 +32,7 @@ from testbed.topology import ResolvedHost, ResolvedTopology
 from testbed.topology.models import HEADROOM
 
 COUNTER_INTERVAL: Final = 0.5
-"""Seconds between two readings of a NIC's counters for the live view."""
+"""Seconds between two readings of a NIC's counters."""
 
 _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -191,8 +191,7 @@ class _Run:
                 timeout=90,
             )
             self.folder.event("nic_ready", host=host.name, ip=host.ip)
-            if self.options.listener is not None:
-                session.hosts[host.name].call("poll_counters", interval=COUNTER_INTERVAL)
+            session.hosts[host.name].call("poll_nic", interval=COUNTER_INTERVAL)
 
         _in_parallel(start, list(self.topology.hosts.values()))
 

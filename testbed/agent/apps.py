@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from softroce_ext.native import build
-from testbed.agent.nic import log_tail
 from testbed.agent.operations import OperationError, operation
 from testbed.agent.processes import command_name, inner_pid, namespace_members, send_signal, wait_ended
 from testbed.agent.service import Agent
@@ -37,6 +36,8 @@ class App:
     """The process outside the namespace; None for one that came by migration."""
     ended: dict[str, Any] | None = None
     """How it ended: {"code": N} or {"signal": N}, and `at`, UNIX seconds; None while it runs."""
+    longest_gap: float | None = None
+    """Longest time between two completions, seconds, as far as the NIC was asked (`poll_nic`)."""
 
 
 def app_directory(agent: Agent, name: str) -> Path:
@@ -147,7 +148,7 @@ def _note_end(agent: Agent, app: App) -> None:
     if app.launcher is not None:
         app.launcher.wait()
     app.ended = read_exit(app.directory)
-    agent.event("app_exited", app=app.name, error_tail=log_tail(app.directory / "stderr"), **app.ended)
+    agent.event("app_exited", app=app.name, longest_gap=app.longest_gap, **app.ended)
 
 
 def read_exit(directory: Path) -> dict[str, Any]:

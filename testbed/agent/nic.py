@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from testbed.agent.operations import OperationError, operation
-from testbed.agent.processes import send_signal
+from testbed.agent.processes import namespace_members, send_signal
 from testbed.agent.service import Agent
 
 
@@ -169,18 +170,31 @@ def stop_nic(agent: Agent, *, kill: bool = False) -> dict[str, Any]:
     return {"code": nic.process.wait(10)}
 
 
-@operation("poll_counters")
-def poll_counters(agent: Agent, *, interval: float) -> None:
-    """Send the event `counters` every `interval` seconds until the NIC or the agent ends (for the live view)."""
-    import threading
+@operation("poll_nic")
+def poll_nic(agent: Agent, *, interval: float) -> None:
+    """Every `interval` seconds until NIC or agent ends: the event `counters`, and how long each application has waited.
+
+    An application's context is gone as soon as it ends, so its longest gap between completions is what was last seen.
+    """
 
     def poll() -> None:
         while True:
             time.sleep(interval)
             try:
-                answer = running_nic(agent).command("counters", {}, 5.0)
+                nic = running_nic(agent)
+                agent.event("counters", counters=nic.command("counters", {}, 5.0)["counters"])
+                note_gaps(agent, nic.command("gaps", {}, 5.0)["contexts"])
             except OperationError:
-                return
-            agent.event("counters", counters=answer["counters"])
+                if agent.nic is None or agent.nic.process.poll() is not None:
+                    return
 
-    threading.Thread(target=poll, name="poll-counters", daemon=True).start()
+    threading.Thread(target=poll, name="poll-nic", daemon=True).start()
+
+
+def note_gaps(agent: Agent, contexts: list[dict[str, Any]]) -> None:
+    """Take over the longest gap (seconds) of each context into the application that it belongs to."""
+    known = {context["pid"]: context["longest"] for context in contexts if context["longest"] is not None}
+    for app in list(agent.apps.values()) if known else ():
+        if app.ended is None:
+            gaps = [known[pid] for pid in namespace_members(app.init) if pid in known]
+            app.longest_gap = max([*gaps, app.longest_gap or 0.0]) if gaps else app.longest_gap
