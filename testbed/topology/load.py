@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ def find(name: str | Path) -> Path:
 
 
 def shipped_folder() -> Path | None:
-    """`topologies/` of the checkout, or of the installed package; None if neither is there."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package.parent / "topologies", package / "topologies"):
+    """`topologies/` of the checkout, or of the installed distribution; None if neither is there."""
+    checkout = Path(__file__).resolve().parents[2]
+    for folder in (checkout / "topologies", Path(sys.prefix) / "share/migros-testbed/topologies"):
         if folder.is_dir():
             return folder
     return None
