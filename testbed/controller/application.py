@@ -108,7 +108,8 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         to_controller = [parser.OFPActionOutput(ofp.OFPP_CONTROLLER, ofp.OFPCML_NO_BUFFER)]
         datapath.send_msg(self._flow_mod(datapath, ofp.OFPFC_ADD, arp, ARP_PRIORITY, to_controller))
         for flow in self.table.flows_of(name):
-            datapath.send_msg(self._message(datapath, Change("added", flow)))
+            for message in self._messages(datapath, Change("added", flow)):
+                datapath.send_msg(message)
         datapath.send_msg(parser.OFPPortDescStatsRequest(datapath, 0))
         log.info("%s: connected", name)
 
@@ -185,18 +186,26 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
             out_group=ofp.OFPG_ANY,
         )
 
-    def _message(self, datapath: Any, change: Change) -> Any:
+    def _messages(self, datapath: Any, change: Change) -> list[Any]:
+        """The flow-mods of one change. A companion entry comes after its flow and goes before it."""
         flow = change.flow
-        match = parser.OFPMatch(eth_type=0x0800, ipv4_dst=flow.address)
-        actions = [parser.OFPActionSetField(eth_dst=flow.eth_dst)] if flow.eth_dst else []
-        actions.append(parser.OFPActionOutput(flow.out_port))
-        command = ofp.OFPFC_ADD if change.action == "added" else ofp.OFPFC_DELETE_STRICT
-        return self._flow_mod(datapath, command, match, flow.priority, actions)
+        rewrite = [parser.OFPActionSetField(eth_dst=flow.eth_dst)] if flow.eth_dst else []
+        match = {"eth_type": 0x0800, "ipv4_dst": flow.address}
+        onward = [*rewrite, parser.OFPActionOutput(flow.out_port)]
+        back = [*rewrite, parser.OFPActionOutput(ofp.OFPP_IN_PORT)]
+        entries = [
+            (parser.OFPMatch(**match), flow.priority, onward),
+            (parser.OFPMatch(in_port=flow.out_port, **match), flow.priority + 1, back),
+        ]
+        if change.action == "added":
+            return [self._flow_mod(datapath, ofp.OFPFC_ADD, *entry) for entry in entries]
+        return [self._flow_mod(datapath, ofp.OFPFC_DELETE_STRICT, *entry) for entry in reversed(entries)]
 
     def _carry_out(self, stages: list[Stage]) -> list[dict[str, Any]]:
-        """Each stage to its switches, then a barrier to each, then the next stage. Returns the changes with times.
+        """Each stage to its switches, a barrier to each, then the next stage.
 
-        Raises Unready if a switch is not connected, refuses, or does not confirm in time.
+        Returns the changes with the times of their barrier replies. Raises Unready if a switch is not connected,
+        refuses, or does not confirm in time.
         """
         done: list[dict[str, Any]] = []
         for stage in stages:
@@ -209,7 +218,8 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
                 self._refused.pop(switch, None)
                 for change in stage:
                     if change.flow.switch == switch:
-                        datapath.send_msg(self._message(datapath, change))
+                        for message in self._messages(datapath, change):
+                            datapath.send_msg(message)
                 barrier = parser.OFPBarrierRequest(datapath)
                 datapath.set_xid(barrier)
                 event = self._waiting[switch, barrier.xid] = threading.Event()
@@ -326,17 +336,20 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         stages = self.table.move(ip, to_host)
         flows += self._carry_out(stages)
         self.table.moved(ip, to_host)
-        barrier = time.monotonic()
         self._follow(ip, stages)
-        return {"begun_at": begun, "barrier_at": barrier, "confirmed_at": time.monotonic(), "flows": flows}
+        return {"begun_at": begun, "confirmed_at": time.monotonic(), "flows": flows}
 
     def _follow(self, ip: str, stages: list[Stage]) -> None:
-        """Until no cached flow for `ip` uses a port that its flows have left. Raises Unready after FOLLOW_TIMEOUT."""
+        """Until no cached flow for `ip` uses a port that its flows have left. Raises Unready after FOLLOW_TIMEOUT.
+
+        Once at the end is enough: a packet that a lagging cache sends to a switch which has changed already is turned
+        back there, into an entry that the cache does not have yet.
+        """
         left = {
             self.ports[change.flow.switch][change.flow.out_port]
             for stage in stages
             for change in stage
-            if change.flow.out_port in self.ports[change.flow.switch]
+            if change.flow.out_port in self.ports[change.flow.switch] and self._has_left(change)
         }
         if self.flow_cache is None or not left:
             return
@@ -344,7 +357,12 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         try:
             while stale := self.flow_cache.outputs(ip) & left:
                 if time.monotonic() > deadline:
-                    raise northbound.Unready(f"the datapath still sends {ip} out of {', '.join(sorted(stale))}")
+                    raise northbound.Unready(f"the datapath still sends {ip} to {', '.join(sorted(stale))}")
                 time.sleep(0.0003)
         except FlowCacheError as error:
             raise northbound.Unready(f"cannot read the flow cache: {error}") from error
+
+    def _has_left(self, change: Change) -> bool:
+        """The switch does not send the address out of that port any more."""
+        now = self.table.effective(change.flow.switch, change.flow.address)
+        return now is None or now.out_port != change.flow.out_port

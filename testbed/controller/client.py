@@ -65,8 +65,11 @@ class ControllerClient:
         return self.call("prepare_move", ip=ip, to_host=to_host)
 
     def move(self, ip: str, to_host: str) -> dict[str, Any]:
-        """begun_at, barrier_at (every switch has replied to its barrier), confirmed_at (and no cached flow leads to the
-        old host any more: from here on packets take the new path), all of time.monotonic(), and flows."""
+        """begun_at, confirmed_at, flows [{switch, action, match, priority, out, t}]; times are of time.monotonic().
+
+        At `confirmed_at` every switch has replied to its barrier (each flow's `t`) and no cached flow leads to the old
+        host any more: from here on packets take the new path.
+        """
         return self.call("move", ip=ip, to_host=to_host)
 
     def undo_move(self, ip: str) -> dict[str, Any]:

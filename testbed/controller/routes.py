@@ -6,14 +6,18 @@ partners which still have the old MAC in their ARP cache need no change.
 
 Moving an address is make-before-break in two halves:
 
-* *prepare* adds, at every switch whose step changes, the new flow **one priority below** the old one. It carries no
+* *prepare* adds, at every switch whose step changes, the new flow **below** the old one. It carries no
   traffic yet, so this may happen at any time before the move; a switch that refuses is known before anything freezes.
 * *move* removes the old flows, the switches nearest to the new host first, a barrier after each distance. A packet that
   meets a switch that is already moved therefore finds only moved switches from there on: it reaches the new host. A
   packet that meets none of them follows the old path, which is whole: it reaches the old host. At no instant is there
   neither path, nor a loop, in whatever order the switches of one stage act (`tests/unit/controller` walks all of it).
 
-So an address goes one priority lower with each move: 32768 moves of one address in one run.
+A packet that is between two switches when they change may have to go back where it came from. OpenFlow drops what would
+leave by the port that it entered, unless the action says so; hence the companion entry of each flow: `in_port` is the
+flow's own port, send it back there. In a settled network only a packet to its sender's own address meets it.
+
+So an address goes two priorities lower with each move: 16383 moves of one address in one run.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from testbed.controller.fabric import Fabric, FabricError
 
 TOP_PRIORITY: Final = 0x8000
 """Of an address's first flows."""
+GENERATION: Final = 2
+"""Priorities between an address's flows before and after a move: the companion entry is one above its flow."""
 
 
 class RouteError(ValueError):
@@ -37,7 +43,10 @@ class RouteError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """One flow entry: match `ipv4_dst=address` at `priority`, set `eth_dst` if there is one, send to `out_port`."""
+    """Match `ipv4_dst=address` at `priority`, set `eth_dst` if there is one, send to `out_port`.
+
+    A companion entry at `priority + 1` does the same with what came in by `out_port`.
+    """
 
     switch: str
     address: str
@@ -185,9 +194,11 @@ class RouteTable:
                 raise RouteError(f"{switch} has no flow for {address} yet; has it connected?")
             if now.step != wanted.step:
                 rest = [flow.priority for flow in self.installed[switch, address].values() if flow not in gone]
-                below = min(rest) - 1
+                below = min(rest) - GENERATION
                 if below < 1:
-                    raise RouteError(f"{address} has been moved {TOP_PRIORITY - 1} times; restart the controller")
+                    raise RouteError(
+                        f"{address} has been moved {TOP_PRIORITY // GENERATION - 1} times; restart the controller"
+                    )
                 additions.append(Change("added", Flow(switch, address, below, *wanted.step)))
         self.prepared[address] = host
         return [*stages, tuple(additions)] if additions else stages

@@ -4,7 +4,9 @@ Invariants, checked with a forwarding table of the test's own (not with the code
 
 1. Paths: from every host to every address there is one, without a loop, as short as the graph allows.
 2. Preparation changes no packet's way.
-3. After any prefix of a move's changes, in any order within a stage, every packet reaches the old or the new host.
+3. After any prefix of a move's changes, in any order within a stage, every packet reaches the old or the new host: also
+   one that was between two switches when they changed. (A switch drops what would leave by the port that it entered,
+   unless an entry says so: OpenFlow 1.3, 7.2.5.)
 4. After the move every packet reaches the new host, by a shortest path, and arrives with its MAC; nothing is left over.
 5. A move interrupted anywhere can be undone, with 3 holding on the way back; then every packet reaches the old host.
 """
@@ -63,12 +65,15 @@ class Switches:
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
         self.flows: dict[tuple[str, str, int], Flow] = {}
-        self.ends: dict[tuple[str, int], str] = {}
+        self.seen: set[tuple[str, int]] = set()
+        """(switch, port) by which some packet has entered, at any time so far: one may still wait there."""
+        self.ends: dict[tuple[str, int], tuple[str, int]] = {}
+        """(switch, port) → the other end of the cable; port 0 at a host."""
         for host in fabric.hosts.values():
-            self.ends[host.switch, host.port] = host.host
+            self.ends[host.switch, host.port] = host.host, 0
         for trunk in fabric.trunks:
-            self.ends[trunk.a, trunk.a_port] = trunk.b
-            self.ends[trunk.b, trunk.b_port] = trunk.a
+            self.ends[trunk.a, trunk.a_port] = trunk.b, trunk.b_port
+            self.ends[trunk.b, trunk.b_port] = trunk.a, trunk.a_port
 
     def apply(self, change: Change) -> None:
         key = change.flow.switch, change.flow.address, change.flow.priority
@@ -83,17 +88,28 @@ class Switches:
 
     def deliver(self, source: str, address: str) -> tuple[str, str | None, int]:
         """Where a packet comes out, the MAC that it has been given, and how many switches it crossed."""
-        at = self.fabric.hosts[source].switch
+        host = self.fabric.hosts[source]
+        return self.go_on(host.switch, host.port, address)
+
+    def go_on(self, at: str, entered: int, address: str) -> tuple[str, str | None, int]:
+        """As `deliver`, for a packet that waits at a port of a switch."""
         crossed: list[str] = []
         while True:
-            assert at not in crossed, f"loop {crossed}"
+            # In flight it may come back once to where it has been, never twice.
+            assert crossed.count(at) < 2, f"loop {crossed}"
             crossed.append(at)
+            self.seen.add((at, entered))
             matching = [flow for (switch, to, _), flow in self.flows.items() if (switch, to) == (at, address)]
             assert matching, f"{at} drops packets for {address}"
-            flow = max(matching, key=lambda flow: flow.priority)
-            at = self.ends[at, flow.out_port]
+            # A companion entry counts as one priority above its flow, and only for its own port.
+            flow = max(matching, key=lambda flow: flow.priority + (flow.out_port == entered))
+            at, entered = self.ends[at, flow.out_port]
             if at in self.fabric.hosts:
                 return at, flow.eth_dst, len(crossed)
+
+    def waiting(self, address: str) -> set[str]:
+        """Where packets end that wait at any port where one has ever been."""
+        return {self.go_on(switch, port, address)[0] for switch, port in sorted(self.seen)}
 
     def receivers(self, address: str) -> set[str]:
         return {self.deliver(source, address)[0] for source in self.fabric.hosts}
@@ -140,9 +156,10 @@ def test_a_move_never_leaves_a_packet_without_a_way(fabric: Fabric, data: st.Dat
         for stage in table.move(ADDRESS, new):
             for change in rng.sample(stage, len(stage)):
                 switches.apply(change)
-                assert switches.receivers(ADDRESS) <= {old, new}
+                assert switches.receivers(ADDRESS) | switches.waiting(ADDRESS) <= {old, new}
             table.confirm(stage)
         table.moved(ADDRESS, new)
+        switches.seen.clear()
         check_shortest(fabric, switches, ADDRESS, new)
         of_address = [flow for flow in switches.flows.values() if flow.address == ADDRESS]
         assert len(of_address) == len(fabric.switches), "one flow per switch, nothing left over"
