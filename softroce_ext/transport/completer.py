@@ -212,7 +212,7 @@ def _place(qp: QueuePair, record: SendRecord, offset: int, payload: memoryview) 
         qp.read_segments = segments
         qp.read_record = record
         for segment in segments:
-            qp.will_write(segment[1])
+            qp.will_write(segment[1], False)
     try:
         if len(segments) == 1:
             _, memory, address = segments[0]

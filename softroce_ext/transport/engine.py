@@ -9,7 +9,7 @@ from typing import Protocol
 
 from softroce_ext.transport.interfaces import CompletionQueue, Memory, MemoryFault
 from softroce_ext.transport.qp import QueuePair
-from softroce_ext.transport.responder import RequestFault, refuse
+from softroce_ext.transport.responder import RequestFault, refuse, withdraw
 from softroce_ext.transport.verbs import QpEvent, WcStatus
 from softroce_ext.wire.frame import Buffer, Path, parse
 from softroce_ext.wire.headers import NAK_REMOTE_OPERATIONAL
@@ -77,8 +77,8 @@ class Engine:
         """Queue pairs that may have something to send, in turn."""
         self.touched: list[QueuePair] = []
         """Queue pairs that received something in this batch."""
-        self.written: dict[int, tuple[Memory, set[QueuePair]]] = {}
-        """Memories with unflushed writes, and whose they are; by identity."""
+        self.written: dict[int, tuple[Memory, dict[QueuePair, bool]]] = {}
+        """Memories with unflushed writes, by identity; whose they are, and whether a responder's are among them."""
         self.completions: list[Completion] = []
         self._timers: list[tuple[float, int]] = []
 
@@ -128,8 +128,8 @@ class Engine:
                 try:
                     memory.flush()
                 except MemoryFault:
-                    for qp in writers:
-                        self._memory_gone(qp)
+                    for qp, as_responder in writers.items():
+                        self._memory_gone(qp, as_responder)
         touched, self.touched = self.touched, []
         for qp in touched:
             qp.end_of_batch()
@@ -192,14 +192,21 @@ class Engine:
         """Have `qp.on_timer` called at `when`."""
         heappush(self._timers, (when, qp.context.qpn))
 
-    def _memory_gone(self, qp: QueuePair) -> None:
+    def _memory_gone(self, qp: QueuePair, as_responder: bool) -> None:
         """This batch's data could not be stored: what they would have completed fails, and the queue pair with it."""
-        self.completions = [
-            (*entry[:3], int(WcStatus.LOC_PROT_ERR), *entry[4:])
-            if entry[0] is qp and entry[3] == 0 and (entry[4] >= _RECEIVE_OPCODES or entry[4] in _READ_AND_ATOMICS)
-            else entry
-            for entry in self.completions
-        ]
-        qp.ack_pending = False
-        fault = RequestFault(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_PROT_ERR, QpEvent.QP_FATAL)
-        refuse(qp, qp.context.expected_psn - 1 & 0xFFFFFF, fault)
+        failed: set[bool] = set()
+        completions, self.completions = self.completions, []
+        for entry in completions:
+            if entry[0] is qp and entry[3] == 0:
+                received = entry[4] >= _RECEIVE_OPCODES
+                if received in failed:
+                    entry = (*entry[:3], int(WcStatus.WR_FLUSH_ERR), *entry[4:])
+                elif received or entry[4] in _READ_AND_ATOMICS:
+                    failed.add(received)
+                    entry = (*entry[:3], int(WcStatus.LOC_PROT_ERR), *entry[4:])
+            self.completions.append(entry)
+        if as_responder:
+            withdraw(qp)
+            refuse(qp, qp.batch_psn, RequestFault(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_PROT_ERR, QpEvent.QP_FATAL))
+        else:
+            qp.enter_error(None, None)

@@ -58,6 +58,7 @@ class QueuePair:
     __slots__ = (
         "ack_pending",
         "ack_timeout",
+        "batch_psn",
         "capability",
         "config",
         "context",
@@ -113,6 +114,8 @@ class QueuePair:
         """It waits for its turn to send."""
         self.touched = False
         """It received something in this batch."""
+        self.batch_psn = 0
+        """What was expected when this batch began."""
         self.more = False
         """It could have sent more than its budget."""
         self.ack_pending = False
@@ -220,6 +223,7 @@ class QueuePair:
             context.peer_migros = True
         if not self.touched:
             self.touched = True
+            self.batch_psn = context.expected_psn
             self.engine.touched.append(self)
         if flags & _REQUEST:
             responder.receive_request(self, packet, flags, now)
@@ -311,9 +315,10 @@ class QueuePair:
             self.heap_at = when
             self.engine.push_timer(when, self)
 
-    def will_write(self, memory: Memory) -> None:
-        """`memory` must be flushed at the end of the batch."""
-        self.engine.written.setdefault(id(memory), (memory, set()))[1].add(self)
+    def will_write(self, memory: Memory, as_responder: bool) -> None:
+        """`memory` must be flushed at the end of the batch; as_responder: it was the partner's request."""
+        writers = self.engine.written.setdefault(id(memory), (memory, {}))[1]
+        writers[self] = writers.get(self, False) or as_responder
 
     def flush_ack(self) -> None:
         """Queue the pending ACK now, so that another answer can follow it."""

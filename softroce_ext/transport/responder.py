@@ -153,6 +153,20 @@ def flush_ack(qp: QueuePair) -> None:
     answers.append(Acknowledge(psn, ACK_UNLIMITED, context.msn))
 
 
+def withdraw(qp: QueuePair) -> None:
+    """Take back the answers to this batch's requests: they have not left yet, and will not be true."""
+    context = qp.context
+    qp.ack_pending = False
+    kept = [
+        answer
+        for answer in context.answers
+        if ((answer.psn if isinstance(answer, Acknowledge) else answer.resource.first_psn) - qp.batch_psn & PSN_MASK)
+        >= PSN_HALF
+    ]
+    context.answers.clear()
+    context.answers.extend(kept)
+
+
 def _ahead(qp: QueuePair) -> None:
     """A gap: ask once for the expected PSN."""
     context = qp.context
@@ -231,7 +245,7 @@ def _write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
                 memory, local = qp.pd.remote(rkey, address, left, _REMOTE_WRITE)
             except ProtectionError:
                 raise _remote_access() from None
-            qp.will_write(memory)
+            qp.will_write(memory, True)
             qp.write_target = target = (memory, local - address)
         try:
             target[0].write(address + target[1], payload)
@@ -287,7 +301,7 @@ def _send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
                 raise _remote_operational() from None
             qp.recv_segments = segments
             for segment in segments:
-                qp.will_write(segment[1])
+                qp.will_write(segment[1], True)
         try:
             if len(segments) == 1:
                 _, memory, address = segments[0]

@@ -1,0 +1,181 @@
+"""Invariant: a queue pair takes the transitions and attributes of the table only; a refused modify changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from world import ALL_ACCESS, End, Host, World, connect, end, path_between, to_rts
+
+from softroce_ext.transport.qp import InvalidTransition
+from softroce_ext.transport.states import ATTRIBUTES, TRANSITIONS
+from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus, WrOpcode
+from softroce_ext.wire.frame import Path
+
+PATH = Path(b"\2" * 6, b"\4" * 6, b"\n\0\0\1", b"\n\0\0\2", 50000)
+VALUES: dict[str, Any] = {
+    "path": PATH, "alt_path": PATH, "path_mtu": 2048, "destination_qpn": 99, "rq_psn": 5, "sq_psn": 6, "timeout": 14,
+    "retry_cnt": 3, "rnr_retry": 2, "max_rd_atomic": 1, "max_dest_rd_atomic": 1, "min_rnr_timer": 1, "pkey_index": 0,
+    "port_num": 1, "qp_access_flags": ALL_ACCESS, "path_mig_state": 0, "en_sqd_async_notify": 0,
+}  # fmt: skip
+ORDER = (QpState.RESET, QpState.INIT, QpState.RTR, QpState.RTS, QpState.SQD)
+
+
+def fresh() -> End:
+    return end(Host(1), 17)
+
+
+def bring_to(state: QpState) -> End:
+    here = fresh()
+    if state == QpState.ERR:
+        here.qp.modify({"qp_state": QpState.ERR})
+        return here
+    for before, after in pairwise(ORDER):
+        if here.context.state == state:
+            break
+        here.qp.modify({"qp_state": after, **{n: VALUES[n] for n in TRANSITIONS[before, after].required}})
+    assert here.context.state == state
+    return here
+
+
+def snapshot(here: End) -> dict[str, Any]:
+    return {item.name: getattr(here.context, item.name) for item in dataclasses.fields(here.context)}
+
+
+@pytest.mark.parametrize("target", QpState)
+@pytest.mark.parametrize("state", [*ORDER, QpState.ERR])
+def test_every_pair_of_states(state: QpState, target: QpState) -> None:
+    here = bring_to(state)
+    row = TRANSITIONS.get((state, target))
+    if row is None:
+        before = snapshot(here)
+        with pytest.raises(InvalidTransition):
+            here.qp.modify({"qp_state": target})
+        assert snapshot(here) == before
+        return
+    for missing in row.required:
+        before = snapshot(here)
+        with pytest.raises(InvalidTransition, match=missing):
+            here.qp.modify({"qp_state": target, **{n: VALUES[n] for n in row.required - {missing}}})
+        assert snapshot(here) == before
+    if target not in (QpState.RESET, QpState.ERR):
+        for extra in sorted(ATTRIBUTES - row.required - row.optional - {"qp_state", "cur_qp_state"}):
+            if extra in VALUES:
+                with pytest.raises(InvalidTransition, match=extra):
+                    here.qp.modify({"qp_state": target, extra: VALUES[extra], **{n: VALUES[n] for n in row.required}})
+    names = row.required | row.optional
+    here.qp.modify({"qp_state": target, "cur_qp_state": state, **{n: VALUES[n] for n in names}})
+    assert here.context.state == target
+    if target not in (QpState.RESET, QpState.ERR):
+        for name in names - {"alt_path"}:
+            assert getattr(here.context, name) == VALUES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("path_mtu", 1500), ("path_mtu", 0), ("rq_psn", 1 << 24), ("rq_psn", -1), ("destination_qpn", 1 << 24),
+        ("min_rnr_timer", 32), ("max_dest_rd_atomic", 129), ("path", None), ("path", "10.0.0.1"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range(name: str, value: object) -> None:
+    here = bring_to(QpState.INIT)
+    needed = TRANSITIONS[QpState.INIT, QpState.RTR].required
+    with pytest.raises(InvalidTransition):
+        here.qp.modify({"qp_state": QpState.RTR, **{n: VALUES[n] for n in needed}, name: value})
+    assert here.context.state == QpState.INIT
+
+
+def test_wrong_supposed_state_and_nonsense() -> None:
+    here = bring_to(QpState.RTS)
+    for attributes in ({"cur_qp_state": QpState.RTR}, {"qp_state": 77}, {"colour": 1}):
+        with pytest.raises(InvalidTransition):
+            here.qp.modify(attributes)
+
+
+def test_psns_are_taken_over() -> None:
+    here = bring_to(QpState.RTS)
+    assert here.context.expected_psn == VALUES["rq_psn"]
+    assert here.context.una_psn == here.context.send_psn == here.context.next_psn == VALUES["sq_psn"]
+
+
+def test_reset_forgets_everything_but_its_number() -> None:
+    here = bring_to(QpState.RTS)
+    here.qp.modify({"qp_state": QpState.RESET})
+    assert snapshot(here) == snapshot(fresh())
+
+
+def test_error_flushes_both_queues_in_order() -> None:
+    a, b = Host(1), Host(2)
+    here, there = end(a, 17), end(b, 18)
+    connect(here, there)
+    for number in range(3):
+        here.post(WrOpcode.SEND, number, length=10)
+        here.receive(100 + number, length=10)
+    a.pull(0.0)  # sent, not acknowledged
+    here.post(WrOpcode.SEND, 3, length=10, flags=0)
+    here.qp.modify({"qp_state": QpState.ERR})
+    assert [(wc.wr_id, wc.status) for wc in here.scq.entries] == [(i, WcStatus.WR_FLUSH_ERR) for i in range(4)]
+    assert [(wc.wr_id, wc.status) for wc in here.rcq.entries] == [(100 + i, WcStatus.WR_FLUSH_ERR) for i in range(3)]
+    assert here.sq.retired == 4 and here.rq.retired == 3
+    here.post(WrOpcode.SEND, 9, length=10)
+    here.receive(109, length=10)
+    assert not a.pull(0.0)
+    assert here.scq.entries[-1].wr_id == 9 and here.rcq.entries[-1].wr_id == 109
+    assert not here.events.seen
+
+
+def test_error_with_a_shared_receive_queue_reports_the_last_receive() -> None:
+    host = Host(1)
+    here = end(host, 17, srq=True)
+    to_rts(here, PATH, 99)
+    here.receive(1, length=10)
+    here.qp.modify({"qp_state": QpState.ERR})
+    assert not here.rcq.entries and here.rq.fetched == 0
+    assert here.events.seen == [(17, QpEvent.QP_LAST_WQE_REACHED)]
+
+
+def test_nothing_is_sent_before_rts_but_requests_are_taken_in_rtr() -> None:
+    a, b = Host(1), Host(2)
+    here, there = end(a, 17), end(b, 18)
+    to_rts(here, path_between(here, there), 18, sq_psn=5)
+    there.qp.modify({"qp_state": 1, "pkey_index": 0, "port_num": 1, "qp_access_flags": ALL_ACCESS})
+    values = VALUES | {"path": path_between(there, here), "destination_qpn": 17, "path_mtu": 1024}
+    there.qp.modify({"qp_state": 2, **{n: values[n] for n in TRANSITIONS[QpState.INIT, QpState.RTR].required}})
+    there.post(WrOpcode.SEND, 1, length=4)
+    assert not b.pull(0.0)
+    here.post(WrOpcode.RDMA_WRITE, 1, length=4)
+    world = World(a, b)
+    world.run(lambda: len(here.scq.entries) == 1)
+    assert here.scq.entries[0].status == WcStatus.SUCCESS
+
+
+def test_sqd_lets_begun_requests_end_and_says_so() -> None:
+    a, b = Host(1), Host(2)
+    here, there = end(a, 17), end(b, 18)
+    connect(here, there)
+    world = World(a, b)
+    here.post(WrOpcode.RDMA_WRITE, 1, length=30000)
+    world.step()
+    here.post(WrOpcode.RDMA_WRITE, 2, length=4)
+    here.qp.modify({"qp_state": QpState.SQD, "en_sqd_async_notify": 1})
+    world.run(lambda: bool(here.events.seen))
+    assert here.events.seen == [(17, QpEvent.SQ_DRAINED)]
+    assert [wc.wr_id for wc in here.scq.entries] == [1]
+    world.settle(1)
+    assert len(here.scq.entries) == 1
+    here.qp.modify({"qp_state": QpState.RTS})
+    world.run(lambda: len(here.scq.entries) == 2)
+
+
+def test_numbers_are_unique_and_removal_is_silent() -> None:
+    host = Host(1)
+    here = end(host, 17)
+    with pytest.raises(ValueError):
+        end(host, 17)
+    here.qp.make_ready()
+    host.engine.remove_qp(17)
+    host.engine.remove_qp(17)
+    assert not host.engine.has_work() and not here.scq.entries
