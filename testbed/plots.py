@@ -187,7 +187,7 @@ def run_timeline(path: Path, summary: Summary) -> Path | None:
             gaps.append(f"partner's gap {migration.partner_gap_ms:.0f} ms")
         if not migration.ok:
             gaps.append("rolled back" if migration.rolled_back else "failed")
-        axes.text(0, row, " · ".join(gaps), va="center", fontsize=8)
+        axes.annotate(" · ".join(gaps), (0, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         moment = 0.0
         for phase in PHASES:
             if phase not in migration.phases_ms:

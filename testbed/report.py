@@ -164,7 +164,7 @@ def _timeline(migration: Migration) -> Table:
     table.add_column("phase", no_wrap=True)
     table.add_column("at ms", justify="right", no_wrap=True)
     table.add_column("took ms", justify="right", no_wrap=True)
-    table.add_column(f"0 to {whole:,.0f} ms; solid: the program stands still", ratio=1, no_wrap=True)
+    table.add_column(f"0 to {whole:,.0f} ms; solid: it stands still", ratio=1, no_wrap=True)
     for phase in PHASES:
         if phase not in migration.phases_ms:
             continue

@@ -46,8 +46,8 @@ TOPOLOGY = {
     "switches": ["s1"],
     "links": [["h1", "s1"], ["h2", "s1"], ["h3", "s1"]],
     "apps": {
-        "server": {"host": "h2", "command": "ibv_rc_pingpong -g 1 -n 6000 -c"},
-        "client": {"host": "h1", "command": "ibv_rc_pingpong -g 1 -n 6000 -c {server.ip}", "after": "server"},
+        "server": {"host": "h2", "command": "ibv_rc_pingpong -g 1 -n 1500 -c"},
+        "client": {"host": "h1", "command": "ibv_rc_pingpong -g 1 -n 1500 -c {server.ip}", "after": "server"},
     },
     "migrations": [{"app": "server", "to": "h3", "at": "64KiB", "address": "keep"}],
 }
