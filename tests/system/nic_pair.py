@@ -102,11 +102,8 @@ def hosts(mtu: int = 9000) -> Iterator[tuple[Host, Host]]:
     """Two hosts on one cable, without NICs."""
     first, second = Host(1), Host(2)
     try:
-        subprocess.run(
-            ["ip", "link", "add", "eth0", "netns", str(first.pid), "type", "veth", "peer", "name", "eth0"]
-            + ["netns", str(second.pid)],
-            check=True,
-        )
+        cable = f"ip link add eth0 netns {first.pid} type veth peer name eth0 netns {second.pid}"
+        subprocess.run(cable.split(), check=True)
         for host in (first, second):
             for words in (
                 ["ip", "link", "set", "lo", "up"],

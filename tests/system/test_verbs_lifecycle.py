@@ -1,0 +1,242 @@
+"""Beginnings and ends: programs that die, NICs that die, frozen programs, bad input.
+
+Invariants: a program that is gone has nothing left in the NIC or its run directory; a NIC that is gone is an error for
+its programs and no hang; a checkpoint that is rolled back loses nothing; bad input is an error that says where.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from nic_pair import RUN, Host, finish, hosts, nics
+
+from softroce_ext.control import ControlClient, ControlError
+
+PINGPONG = ["ibv_rc_pingpong", "-g", "1", "-c"]
+
+
+@pytest.fixture(scope="module")
+def joined() -> Iterator[tuple[Host, Host]]:
+    """Two hosts with NICs."""
+    with nics() as both:
+        yield both
+
+
+def until(true: Callable[[], bool], what: str, timeout: float = 20) -> None:
+    """Wait for a state of the world."""
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, f"still not: {what}"
+        time.sleep(0.02)
+
+
+def started(
+    server: Host, client: Host, iterations: int, *options: str
+) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """A pingpong under way."""
+    words = [*PINGPONG, *options, "-n", str(iterations)]
+    listening = server.start(*words)
+    time.sleep(0.5)
+    calling = client.start(*words, server.ip)
+
+    def running() -> bool:
+        with server.control() as control:
+            return control.call("counters")["counters"]["rx_packets"] > before + 20
+
+    with server.control() as control:
+        before = control.call("counters")["counters"]["rx_packets"]
+    until(running, "traffic")
+    return listening, calling
+
+
+def only_context(control: ControlClient) -> dict[str, object]:
+    """The one context that a NIC has."""
+    (context,) = control.call("status")["contexts"]
+    return dict(context)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_program_leaves_nothing(joined: tuple[Host, Host], number: signal.Signals) -> None:
+    """Its objects are freed at once; its partner learns by its retries, as on hardware."""
+    server, client = joined
+    listening, calling = started(server, client, 100_000)
+    with server.control() as control:
+        os.kill(int(str(only_context(control)["pid"])), number)
+        listening.wait(timeout=10)
+        until(lambda: control.call("status")["contexts"] == [], "freed")
+    assert os.listdir(server.path(f"{RUN}/ctx")) == []
+    os.kill(calling.pid, signal.SIGKILL)
+    finish(calling)
+    finish(listening)
+    with client.control() as control:
+        until(lambda: control.call("status")["contexts"] == [], "freed")
+
+
+def test_a_frozen_program_goes_on_after_a_rollback(joined: tuple[Host, Host]) -> None:
+    """hold, dump, unhold, three times in mid-traffic: the partner gets NAK_STOPPED and RESUME, no data are lost."""
+    server, client = joined
+    listening, calling = started(server, client, 400, "-e", "-s", "20000")
+    with server.control() as here, client.control() as there:
+        paused = 0
+        for attempt in range(3):
+            pid = int(str(only_context(here)["pid"]))
+            os.kill(pid, signal.SIGSTOP)
+            (held,) = here.call("hold", pids=[pid])["contexts"]
+            assert all(qp["stopped"] for qp in held["qps"])
+            image = server.path(f"/run/migros/image{attempt}")
+            assert here.call("dump", contexts=[held["id"]], file=str(image))["bytes"] == image.stat().st_size
+            with pytest.raises(ControlError, match="held already"):
+                here.call("hold", pids=[pid])
+            time.sleep(0.1)
+            paused += only_context(there)["qps"][0]["paused"]  # type: ignore[index]
+            os.kill(pid, signal.SIGCONT)
+            answer = here.call("unhold", contexts=[held["id"]])
+            assert answer["settled"] - answer["started"] < 5
+            assert answer["qps"][0]["acked_at"] is not None
+        gaps = here.call("gaps")["contexts"][0]
+        assert gaps["longest"] > 0.1, "the longest gap is the freeze"
+    for process in (listening, calling):
+        code, output = finish(process, 120)
+        assert code == 0, output
+        assert "invalid data" not in output
+
+
+def test_a_program_that_dies_while_held_is_freed_by_the_rollback(joined: tuple[Host, Host]) -> None:
+    """Its death means nothing while it is held, and is noticed afterwards."""
+    server, client = joined
+    listening, calling = started(server, client, 100_000)
+    with server.control() as control:
+        context = only_context(control)
+        control.call("hold", pids=[context["pid"]])
+        os.kill(int(str(context["pid"])), signal.SIGKILL)
+        finish(listening)
+        time.sleep(0.2)
+        assert only_context(control)["id"] == context["id"]
+        control.call("unhold", contexts=[context["id"]], wait=False)
+        until(lambda: control.call("status")["contexts"] == [], "freed")
+    calling.kill()
+    finish(calling)
+
+
+def test_a_dumped_context_comes_back_as_it_was(joined: tuple[Host, Host]) -> None:
+    """dump, discard, restore, dump: the second image is the first, and the files of the channel are there again."""
+    server, client = joined
+    listening, calling = started(server, client, 100_000, "-e", "-s", "20000")
+    with server.control() as control:
+        context = only_context(control)
+        pid = int(str(context["pid"]))
+        os.kill(pid, signal.SIGSTOP)
+        control.call("hold", pids=[pid])
+        first, second = (server.path(f"/run/migros/{name}.image") for name in ("first", "second"))
+        control.call("dump", contexts=[context["id"]], file=str(first))
+        with pytest.raises(ControlError, match="exists here already"):
+            control.call("restore", file=str(first))
+        control.call("discard", contexts=[context["id"]])
+        assert os.listdir(server.path(f"{RUN}/ctx")) == []
+        (restored,) = control.call("restore", file=str(first))["contexts"]
+        assert restored["id"] == context["id"]
+        assert restored["pid"] is None
+        assert {"queues", "doorbell", "reply", "async", "comp-0"} == set(
+            os.listdir(server.path(f"{RUN}/ctx/{restored['id']}"))
+        )
+        control.call("dump", contexts=[restored["id"]], file=str(second))
+        assert first.read_bytes() == second.read_bytes()
+        with pytest.raises(ControlError, match="attach first"):
+            control.call("resume", contexts=[restored["id"]])
+        with pytest.raises(ControlError, match=r"is \d+ inside"):
+            control.call("attach", contexts=[restored["id"]], pids={str(restored["inner_pid"]): os.getpid()})
+        control.call("discard", contexts=[restored["id"]])
+        os.kill(pid, signal.SIGKILL)
+    calling.kill()
+    finish(listening)
+    finish(calling)
+
+
+def test_images_that_cannot_be_restored(joined: tuple[Host, Host], tmp_path: Path) -> None:
+    """Each error says what is wrong, and nothing is left behind."""
+    host = joined[0]
+    cases = {"empty": (b"", "not a NIC image"), "foreign": (b"MIGROS NIC IMAGE 2\n" + bytes(40), "not a NIC image")}
+    cases["short"] = (b"MIGROS NIC IMAGE 1\n", "cut off")
+    with host.control() as control:
+        for name, (data, message) in cases.items():
+            path = tmp_path / name
+            path.write_bytes(data)
+            with pytest.raises(ControlError, match=message):
+                control.call("restore", file=str(path))
+        with pytest.raises(ControlError, match="No such file"):
+            control.call("restore", file=str(tmp_path / "absent"))
+        assert control.call("status")["contexts"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"command": "dance"}, "unknown command 'dance'"),
+        ({"command": "dump", "file": "x"}, "argument 'contexts' is missing"),
+        ({"command": "dump", "file": 3, "contexts": []}, "argument 'file' is 3, expected str"),
+        ({"command": "discard", "contexts": ["9-9"]}, "no context 9-9"),
+        ({"command": "address_add", "ip": "10.0.0"}, "expected an IPv4 address"),
+        ({"command": "address_remove", "ip": "10.0.0.1"}, "is not an address of this device"),
+        ({"command": "capture", "file": "/nonexistent/x.pcap"}, "No such file"),
+    ],
+)
+def test_wrong_management_commands(joined: tuple[Host, Host], arguments: dict[str, object], message: str) -> None:
+    """A wrong command is answered with what is wrong; the NIC goes on."""
+    with joined[0].control() as control:
+        with pytest.raises(ControlError, match=re.escape(message)):
+            control.call(str(arguments["command"]), **{k: v for k, v in arguments.items() if k != "command"})
+        assert control.call("status")["device"] == "rxe0"
+
+
+def test_a_nic_that_dies_is_an_error_and_the_next_one_starts_clean() -> None:
+    """kill -9 of a NIC: its program's next command is EIO, not a hang; a new NIC on the same directory works."""
+    with nics() as (server, client):
+        listening, calling = started(server, client, 100_000, "-e")
+        assert server.stop_nic(kill=True) == -signal.SIGKILL
+        assert server.path(f"{RUN}/control.sock").exists(), "kill -9 leaves files: the point of this test"
+        code, output = finish(listening, 10)
+        assert code > 0, f"the program went on without a NIC: {output}"
+        calling.kill()
+        finish(calling)
+        server.start_nic()
+        assert os.listdir(server.path(f"{RUN}/ctx")) == []
+        listening, calling = started(server, client, 200)
+        assert finish(listening)[0] == 0
+        assert finish(calling)[0] == 0
+
+
+def test_a_nic_that_is_told_to_end_removes_its_files() -> None:
+    """SIGTERM: exit code 0, an empty run directory."""
+    with hosts() as (host, _):
+        host.start_nic()
+        assert host.path(f"{RUN}/uverbs.sock").exists()
+        assert host.stop_nic() == 0
+        assert os.listdir(host.path(RUN)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--interface", "nosuch0"], 3, "cannot start on nosuch0"),
+        (["--interface", "lo", "--address", "10.0.0.300"], 2, "'10.0.0.300' is not an IPv4 address"),
+        (["--interface", "lo", "--number-base", "256"], 2, "not a number from 0 to 255"),
+        (["--interface", "lo", "--impair", "loss=2"], 2, "must be a probability from 0 to 1"),
+        (["--interface", "lo", "--impair", "lose=1"], 2, "unknown name, allowed are loss, duplicate"),
+        (["--interface", "lo", "--mtu", "100"], 2, "not an interface MTU"),
+    ],
+)
+def test_bad_command_lines(tmp_path: Path, options: list[str], code: int, message: str) -> None:
+    """Exit code and message by blame, no traceback."""
+    words = [sys.executable, "-m", "softroce_ext", "--run-dir", str(tmp_path), *options]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert run.returncode == code
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
