@@ -62,7 +62,7 @@ def start_app(
     env: dict[str, str] | None = None,
     cwd: str | None = None,
     rdma: bool = True,
-    policy: str = "other",
+    policy: str = "idle",
 ) -> dict[str, Any]:
     """Start `argv` as application `name`. Returns {"init": pid}.
 
