@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -97,6 +100,31 @@ def kernel_datapath() -> tuple[bool, str]:
 def ovs_version() -> str:
     """`3.1.0`."""
     return command("ovs-vsctl", "--version").split("\n", 1)[0].rsplit(" ", 1)[-1]
+
+
+def end_namespace(pid: int, patience: float = 5.0) -> None:
+    """End every process in the network namespace of `pid`, but for `pid` itself; never in the machine's own namespace."""
+    space = _network_namespace(pid)
+    if not space or space in (_network_namespace(1), _network_namespace(os.getpid())):
+        return
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        others = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != pid]
+        inside = [other for other in others if _network_namespace(other) == space]
+        if not inside:
+            return
+        for other in inside:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(other, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _network_namespace(pid: int) -> str:
+    """Empty for a process that is gone, or a zombie."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net")
+    except OSError:
+        return ""
 
 
 def read_sysctl(name: str) -> str:

@@ -161,6 +161,9 @@ class Network:
 
     def _ender(self, node: Any, token: str) -> Callable[[], None]:
         def end() -> None:
+            if node.inNamespace:
+                # A program that its agent could not end would keep the namespaces, and the interfaces in them, alive.
+                machine.end_namespace(node.pid)
             node.terminate()
             self.state.forget(token)
 
@@ -174,8 +177,7 @@ class Network:
             for end in (wire.a, wire.b):
                 if end.port:
                     token = self.state.record("link", name=end.interface, wire=wire.name)
-                    if end is wire.b:
-                        self._undo.append((f"link {wire.name}", self._link_remover(end.interface, token)))
+                    self._undo.append((f"link {wire.name}", self._link_remover(end.interface, token)))
             cable = type("Cable", (Cable,), {"mtu": wire.mtu})
             self._mininet.addLink(
                 *ends,
@@ -250,7 +252,15 @@ class Network:
         base = self.state.directory.parent
         with fixtures.machine_lock(base), contextlib.ExitStack() as stack:
             if self.datapath == "userspace":
-                stack.enter_context(fixtures.wide_receive_buffers(base))
+                size = stack.enter_context(fixtures.wide_receive_buffers(base))
+                if size < fixtures.SOCKET_MEMORY:
+                    self.limits.append(
+                        {
+                            "wanted": f"receive buffers of {fixtures.SOCKET_MEMORY >> 20} MiB at the switches' ports",
+                            "got": f"{size >> 10} KiB: bursts of more than some twenty frames lose packets",
+                            "why": "net.core.rmem_default cannot be changed here",
+                        }
+                    )
             for name, switch in self._bridges.items():
                 token = self.state.record("ovs_bridge", name=switch.name, switch=name)
                 self._undo.append((f"bridge {name}", self._bridge_remover(switch, token)))

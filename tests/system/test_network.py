@@ -12,20 +12,22 @@ import itertools
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import paramiko
 import pytest
 
+from testbed.cleanup import clean
 from testbed.errors import EnvironmentProblem, RunFailed
 from testbed.network import Network, machine, nodes
 from testbed.network.machine import command
-from testbed.state import RunState
+from testbed.state import BASE, RunState, read, start_time
 from testbed.topology import parse
 
 RING = """
@@ -336,6 +338,67 @@ def test_nothing_is_left_and_nothing_else_is_gone(tmp_path: Path) -> None:
         assert foreign in bridges() and foreign in root_interfaces()
     finally:
         command("ovs-vsctl", "del-br", foreign)
+
+
+def test_a_program_that_nobody_ends_goes_with_its_host(tmp_path: Path) -> None:
+    with running(PAIR.replace("BW", "1000"), tmp_path) as network:
+        stubborn = network.hosts["h1"].popen(
+            ["unshare", "--pid", "--fork", "sh", "-c", "trap '' TERM HUP; echo on; sleep 1000; sleep 1000"],
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert stubborn.stdout is not None and stubborn.stdout.readline() == b"on\n"
+        space = os.readlink(f"/proc/{stubborn.pid}/ns/net")
+    assert stubborn.wait(5) == -signal.SIGKILL
+    assert space not in namespaces()
+
+
+def namespaces() -> set[str]:
+    """The network namespaces that any process lives in."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            found.add(os.readlink(f"/proc/{pid}/ns/net"))
+    return found
+
+
+KILLED = """
+import pathlib, sys, time
+from testbed.network import Network
+from testbed.state import BASE, RunState, read, start_time
+from testbed.topology import parse
+state = RunState.create(sys.argv[1])
+network = Network(parse(sys.argv[2]).resolve(), pathlib.Path(sys.argv[3]), state)
+network.start()
+print(network.plan.tag, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_what_a_killed_run_left_can_be_removed(tmp_path: Path) -> None:
+    """From the state file alone: interfaces, bridges, namespaces, controller and sshd."""
+    run_id = f"test-{secrets.token_hex(4)}"
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, run_id, RING, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert process.stdout is not None
+    tag = process.stdout.readline().strip()
+    process.kill()
+    process.wait()
+    assert len(of_run(tag)) == 20, "four bridges, twelve ports, four management links"
+    run = read(BASE / run_id)
+    assert not run.alive
+    children = {int(entry["pid"]) for entry in run.entries if entry["kind"] in ("process", "host")}
+    assert len(children) == 13, "four hosts, four switch shells, four sshd, a controller"
+    removed = clean(run)
+    assert not [line for line in removed if "NOT" in line], removed
+    assert of_run(tag) == set()
+    assert not [pid for pid in children if start_time(pid) is not None]
+    assert not (BASE / run_id).exists()
 
 
 def json_lines(file: Path) -> list[dict[str, object]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.errors import EnvironmentProblem
 from testbed.network import fixtures, machine, shaping, ssh
 from testbed.state import RunState
 
@@ -36,6 +38,57 @@ def test_an_impossible_rate_is_refused(bw: float) -> None:
 def test_netem_in_its_own_units() -> None:
     assert shaping.netem(0.0015, 0.01) == ["netem", "limit", "100000", "delay", "1500us", "loss", "1.000000%"]
     assert shaping.netem(0, 0.5) == ["netem", "limit", "100000", "loss", "50.000000%"]
+
+
+class FakeTc:
+    """Answers like tc on a kernel that has the disciplines in `known`, and remembers what was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *known: str) -> None:
+        self.known = known
+        self.asked: list[str] = []
+        self.rate = 0
+        monkeypatch.setattr(shaping, "command", self)
+
+    def __call__(self, *argv: str, pid: int | None = None) -> str:
+        if "show" in argv:
+            return json.dumps([{"kind": "tbf", "options": {"rate": self.rate}}] if self.rate else [])
+        words = list(argv)
+        kind = next(word for word in words if word in ("tbf", "netem"))
+        if kind not in self.known:
+            raise machine.CommandFailed(argv, f'Error: Specified qdisc kind is unknown: "{kind}".')
+        if kind == "tbf":
+            self.rate = value(words, "rate") * 125
+        self.asked.append(" ".join(words))
+        return ""
+
+
+def test_bandwidth_delay_and_loss_stand_one_below_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    tc = FakeTc(monkeypatch, "tbf", "netem")
+    assert shaping.shape("x", 2500, 9000, 0.001, 0.0) is True
+    bucket, delay = tc.asked
+    assert bucket.startswith("tc qdisc replace dev x root handle 1: tbf rate 2500000kbit ")
+    assert delay == "tc qdisc replace dev x parent 1:1 handle 10: netem limit 100000 delay 1000us"
+    assert shaping.shape("y", None, 9000, 0.0, 0.25) is True
+    assert tc.asked[-1] == "tc qdisc replace dev y root handle 10: netem limit 100000 loss 25.000000%"
+
+
+def test_without_netem_it_says_so_and_keeps_the_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    tc = FakeTc(monkeypatch, "tbf")
+    assert shaping.shape("x", 100, 9000, 0.001, 0.0) is False
+    assert len(tc.asked) == 1
+
+
+def test_a_bandwidth_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeTc(monkeypatch)
+    with pytest.raises(EnvironmentProblem, match="cannot limit it to 100 Mbit/s"):
+        shaping.shape("x", 100, 9000, 0.0, 0.0)
+
+
+def test_a_kernel_that_took_another_rate_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeTc(monkeypatch, "tbf")
+    monkeypatch.setattr(shaping, "token_bucket", lambda bw, mtu: ["tbf", "rate", "1000kbit"])
+    with pytest.raises(EnvironmentProblem, match="asked for 100 Mbit/s"):
+        shaping.shape("x", 100, 9000, 0.0, 0.0)
 
 
 def test_impairments_add_up() -> None:
