@@ -122,3 +122,15 @@ def test_command_line_quotes_what_the_shell_would_eat() -> None:
     ).stdout.splitlines()
     assert words[:3] == ["A=x y", "PYTHONPATH=/a b", "/opt/my python"]
     assert words[-2:] == ["--interface", "h1-eth0"]
+
+
+def test_nic_that_does_not_start_says_why(tmp_path: Path) -> None:
+    argv = [*agent_argv(tmp_path)[:-1], "nosuchif0"]
+    host = Host("h1", LocalTransport(argv))
+    host.ready(10)
+    with pytest.raises(EnvironmentProblem, match="the NIC ended with") as caught:
+        host.call("start_nic", addresses=["10.0.0.1"], number_base=1)
+    assert "nosuchif0" in str(caught.value.hint)
+    with pytest.raises(RunFailed, match="the NIC has ended"):
+        host.call("nic", command="status")
+    host.close()
