@@ -64,7 +64,7 @@ def _priority(level: str) -> None:
 
 
 def _short_slice() -> None:
-    """Ask for the shortest time slice (Linux 6.12 and later): a task with a shorter one interrupts those with longer."""
+    """Ask for the shortest time slice (Linux 6.12 and later): whoever has a longer one is interrupted."""
     libc = ctypes.CDLL(None, use_errno=True)
     # struct sched_attr: size, policy, flags, nice, priority, runtime (ns; the slice of SCHED_OTHER), deadline, period
     attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, HIGH_NICE, 0, SLICE_NS, 0, 0)
