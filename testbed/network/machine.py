@@ -103,7 +103,7 @@ def ovs_version() -> str:
 
 
 def end_namespace(pid: int, patience: float = 5.0) -> None:
-    """End every process in the network namespace of `pid`, but for `pid` itself; never in the machine's own namespace."""
+    """End every process in the network namespace of `pid` but `pid` itself; never in the machine's own namespace."""
     space = _network_namespace(pid)
     if not space or space in (_network_namespace(1), _network_namespace(os.getpid())):
         return
