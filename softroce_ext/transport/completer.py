@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softroce_ext.transport import migros
+from softroce_ext.transport.completion import fail_oldest, retire_oldest, settle
 from softroce_ext.transport.context import QpContext, SendRecord
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError
-from softroce_ext.transport.requester import READS, go_back
+from softroce_ext.transport.retry import arm, go_back, take_retry
 from softroce_ext.transport.scatter import resolve, scatter
-from softroce_ext.transport.verbs import Access, WcStatus, WrOpcode
+from softroce_ext.transport.verbs import READS, Access, WcStatus, WrOpcode
 from softroce_ext.wire.frame import Packet
 from softroce_ext.wire.headers import (
     AETH_ACK,
@@ -111,10 +112,30 @@ def acknowledge(qp: QueuePair, until: int, now: float) -> bool:
             distance -= left
         elif not record.done:
             break
-        qp.retire_oldest(now)
+        retire_oldest(qp, now)
     if advanced:
-        qp.progress(now)
+        progress(qp, now)
     return complete
+
+
+def progress(qp: QueuePair, now: float) -> None:
+    """HOT. `una_psn` has advanced: fresh retries, fresh timer."""
+    context = qp.context
+    context.retry_left = context.retry_cnt
+    context.rnr_left = context.rnr_retry
+    context.retry_started = False
+    context.rnr_deadline = None
+    una = context.una_psn
+    if (context.send_psn - una & PSN_MASK) >= PSN_HALF:
+        context.send_psn = una  # gone back, and overtaken by late answers
+    if context.send_psn == una:
+        context.ack_deadline = None
+    elif qp.ack_timeout is not None:
+        # The heap's entry is earlier: it will find this one.
+        context.ack_deadline = now + qp.ack_timeout
+    if context.paused:
+        migros.answered_while_paused(qp)
+    settle(qp, now)
 
 
 def _answer_lost(qp: QueuePair) -> None:
@@ -122,8 +143,8 @@ def _answer_lost(qp: QueuePair) -> None:
     context = qp.context
     if context.retry_started:
         return
-    if not qp.take_retry():
-        qp.fail_oldest(WcStatus.RETRY_EXC_ERR)
+    if not take_retry(qp):
+        fail_oldest(qp, WcStatus.RETRY_EXC_ERR)
         return
     context.retry_started = True
     qp.counters["implied_nak_seq_err"] += 1
@@ -180,8 +201,8 @@ def _read_response(qp: QueuePair, packet: Packet, flags: int, now: float) -> Non
         return
     context.una_psn = packet.psn + 1 & PSN_MASK
     if last:
-        qp.retire_oldest(now)
-    qp.progress(now)
+        retire_oldest(qp, now)
+    progress(qp, now)
 
 
 def _atomic_answer(qp: QueuePair, packet: Packet, kind: int, now: float) -> None:
@@ -196,8 +217,8 @@ def _atomic_answer(qp: QueuePair, packet: Packet, kind: int, now: float) -> None
     if not _place(qp, record, 0, memoryview(original.to_bytes(8, "little"))):
         return
     qp.context.una_psn = packet.psn + 1 & PSN_MASK
-    qp.retire_oldest(now)
-    qp.progress(now)
+    retire_oldest(qp, now)
+    progress(qp, now)
 
 
 def _place(qp: QueuePair, record: SendRecord, offset: int, payload: memoryview) -> bool:
@@ -207,7 +228,7 @@ def _place(qp: QueuePair, record: SendRecord, offset: int, payload: memoryview) 
         try:
             segments = resolve(qp.pd, record.wqe.sges, Access.LOCAL_WRITE)
         except ProtectionError:
-            qp.fail_oldest(WcStatus.LOC_PROT_ERR)
+            fail_oldest(qp, WcStatus.LOC_PROT_ERR)
             return False
         qp.read_segments = segments
         qp.read_record = record
@@ -220,7 +241,7 @@ def _place(qp: QueuePair, record: SendRecord, offset: int, payload: memoryview) 
         else:
             scatter(segments, offset, payload)
     except MemoryFault:
-        qp.fail_oldest(WcStatus.LOC_PROT_ERR)
+        fail_oldest(qp, WcStatus.LOC_PROT_ERR)
         return False
     return True
 
@@ -228,7 +249,7 @@ def _place(qp: QueuePair, record: SendRecord, offset: int, payload: memoryview) 
 def _bad_answer(qp: QueuePair) -> None:
     """An answer of the wrong kind or length for the oldest request: the connection cannot be trusted any more."""
     qp.counters["rcvd_bad_answer"] += 1
-    qp.fail_oldest(WcStatus.BAD_RESP_ERR)
+    fail_oldest(qp, WcStatus.BAD_RESP_ERR)
 
 
 def _rnr_nak(qp: QueuePair, psn: int, code: int, now: float) -> None:
@@ -239,13 +260,13 @@ def _rnr_nak(qp: QueuePair, psn: int, code: int, now: float) -> None:
         _answer_lost(qp)
         return
     if context.rnr_left == 0:
-        qp.fail_oldest(WcStatus.RNR_RETRY_EXC_ERR)
+        fail_oldest(qp, WcStatus.RNR_RETRY_EXC_ERR)
         return
     if context.rnr_retry != 7:
         context.rnr_left -= 1
     go_back(qp)
     context.rnr_deadline = now + RNR_TIMER[code] / 1000
-    qp.arm(context.rnr_deadline)
+    arm(qp, context.rnr_deadline)
 
 
 def _nak(qp: QueuePair, packet: Packet, syndrome: int, now: float) -> None:
@@ -266,10 +287,10 @@ def _nak(qp: QueuePair, packet: Packet, syndrome: int, now: float) -> None:
         if not complete:
             _answer_lost(qp)
             return
-        if not qp.take_retry():
-            qp.fail_oldest(WcStatus.RETRY_EXC_ERR)
+        if not take_retry(qp):
+            fail_oldest(qp, WcStatus.RETRY_EXC_ERR)
             return
         context.retry_started = True
         go_back(qp)
         return
-    qp.fail_oldest(NAK_STATUS.get(syndrome, WcStatus.REM_OP_ERR))
+    fail_oldest(qp, NAK_STATUS.get(syndrome, WcStatus.REM_OP_ERR))

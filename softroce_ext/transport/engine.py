@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Protocol
 
+from softroce_ext.transport.answers import RequestFault, refuse, withdraw
+from softroce_ext.transport.completion import enter_error
 from softroce_ext.transport.interfaces import CompletionQueue, Memory, MemoryFault
 from softroce_ext.transport.qp import QueuePair
-from softroce_ext.transport.responder import RequestFault, refuse, withdraw
+from softroce_ext.transport.timers import on_timer
 from softroce_ext.transport.verbs import QpEvent, WcStatus
 from softroce_ext.wire.frame import Buffer, Path, parse
 from softroce_ext.wire.headers import NAK_REMOTE_OPERATIONAL
@@ -147,7 +149,7 @@ class Engine:
             when, qpn = heappop(timers)
             qp = self.qps.get(qpn)
             if qp is not None and qp.heap_at == when:  # otherwise an earlier entry has replaced this one
-                qp.on_timer(now)
+                on_timer(qp, now)
         if self.completions:
             self.publish()
 
@@ -209,4 +211,4 @@ class Engine:
             withdraw(qp)
             refuse(qp, qp.batch_psn, RequestFault(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_PROT_ERR, QpEvent.QP_FATAL))
         else:
-            qp.enter_error(None, None)
+            enter_error(qp, None, None)

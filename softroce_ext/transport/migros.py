@@ -23,8 +23,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from softroce_ext.transport.answers import flush_ack
+from softroce_ext.transport.completion import enter_error
 from softroce_ext.transport.context import Acknowledge, QpContext
-from softroce_ext.transport.requester import go_back
+from softroce_ext.transport.retry import arm, go_back
 from softroce_ext.transport.verbs import QpEvent, QpState
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Packet, Path
@@ -97,7 +99,7 @@ def refuse_while_stopped(qp: QueuePair) -> None:
     if not speaks(qp):
         return
     qp.counters["sent_nak_stopped"] += 1
-    qp.flush_ack()
+    flush_ack(qp)
     last = context.answers[-1] if context.answers else None
     if isinstance(last, Acknowledge) and last.syndrome == NAK_STOPPED:
         return  # one in a batch is enough
@@ -123,7 +125,7 @@ def send_resume(qp: QueuePair, now: float, sink: FrameSink) -> int:
     qp.counters["sent_resume"] += 1
     context.resume_deadline = now + context.resume_wait
     context.resume_wait = min(2 * context.resume_wait, qp.config.resume_interval_limit)
-    qp.arm(context.resume_deadline)
+    arm(qp, context.resume_deadline)
     return 1
 
 
@@ -134,7 +136,7 @@ def resume_timer(qp: QueuePair, now: float) -> None:
         context.resume_pending = False
         context.resume_deadline = None
         qp.counters["resume_exceeded_err"] += 1
-        qp.enter_error(None, QpEvent.QP_FATAL)
+        enter_error(qp, None, QpEvent.QP_FATAL)
     else:
         qp.make_ready()
 
@@ -177,7 +179,7 @@ def pause(qp: QueuePair, psn: int, now: float) -> None:
     context.paused = True
     context.pause_psn = psn
     context.pause_deadline = now + qp.config.pause_limit
-    qp.arm(context.pause_deadline)
+    arm(qp, context.pause_deadline)
     context.rnr_deadline = None
     go_back(qp)
 
@@ -217,7 +219,7 @@ def receive_resume(qp: QueuePair, packet: Packet) -> None:
     context.peer_mac_learnt = True
     context.peer_migros = True
     context.nak_sent = False
-    qp.flush_ack()
+    flush_ack(qp)
     if context.stopped:
         context.paused = False
         refuse_while_stopped(qp)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from softroce_ext.transport.completion import settle
 from softroce_ext.transport.context import QpContext, SendRecord
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError, SendWqe
+from softroce_ext.transport.retry import start_ack_timer
 from softroce_ext.transport.scatter import gather, resolve
-from softroce_ext.transport.verbs import Access, QpState, SendFlag, WcStatus, WrOpcode
+from softroce_ext.transport.verbs import READS, Access, QpState, SendFlag, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.headers import (
     ACK_REQ,
@@ -59,20 +61,8 @@ ATOMICS = {
     int(WrOpcode.ATOMIC_CMP_AND_SWP): op.COMPARE_SWAP,
     int(WrOpcode.ATOMIC_FETCH_AND_ADD): op.FETCH_ADD,
 }
-READS = frozenset({int(WrOpcode.RDMA_READ), *ATOMICS})
-"""Requests that are answered by data and count against max_rd_atomic."""
 LOCAL = frozenset({int(WrOpcode.LOCAL_INV), int(WrOpcode.BIND_MW)})
 """Requests that send nothing."""
-
-
-def go_back(qp: QueuePair) -> None:
-    """Send again from the first unacknowledged PSN on."""
-    context = qp.context
-    context.send_psn = context.una_psn
-    context.cursor = 0
-    context.reads_out = 0
-    context.ack_deadline = None
-    qp.make_ready()
 
 
 def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> int:
@@ -94,7 +84,7 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
                 return sent
             record = _admit(context, wqe)
             if record.status:
-                qp.settle(now)
+                settle(qp, now)
                 return sent
         wqe = record.wqe
         if context.reads_out:
@@ -120,11 +110,11 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
         except (ProtectionError, MemoryFault, ValueError):
             record.status = WcStatus.LOC_PROT_ERR
         if record.status:
-            qp.settle(now)
+            settle(qp, now)
             return sent
         sent += count
         if context.ack_deadline is None:
-            qp.start_ack_timer(now)
+            start_ack_timer(qp, now)
     qp.more = True
     return sent
 
@@ -165,7 +155,7 @@ def _local_operation(qp: QueuePair, record: SendRecord, now: float) -> None:
     else:
         record.done = True
         qp.context.cursor += 1
-    qp.settle(now)
+    settle(qp, now)
 
 
 def _send_read(qp: QueuePair, record: SendRecord, sink: FrameSink) -> None:

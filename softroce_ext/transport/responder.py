@@ -11,6 +11,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softroce_ext.transport import migros
+from softroce_ext.transport.answers import (
+    RequestFault,
+    flush_ack,
+    invalid_request,
+    refuse,
+    remote_access,
+    remote_operational,
+)
+from softroce_ext.transport.completion import complete_receive
 from softroce_ext.transport.context import (
     Acknowledge,
     AtomicAnswer,
@@ -19,24 +28,14 @@ from softroce_ext.transport.context import (
 )
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError
 from softroce_ext.transport.scatter import resolve, scatter
-from softroce_ext.transport.verbs import Access, QpEvent, WcFlag, WcOpcode, WcStatus
+from softroce_ext.transport.verbs import Access, WcFlag, WcOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Packet
 from softroce_ext.wire.headers import (
     ACK_REQ,
-    ACK_UNLIMITED,
     AETH_RNR_NAK,
     ATOMIC_ETH,
-    BTH,
-    BTH_AETH,
-    BTH_AETH_ATOMIC,
-    MIGROS_RESUMED,
-    NAK_INVALID_REQUEST,
     NAK_PSN_SEQUENCE,
-    NAK_REMOTE_ACCESS,
-    NAK_REMOTE_OPERATIONAL,
-    PAD_SHIFT,
-    PKEY_DEFAULT,
     PSN_HALF,
     PSN_MASK,
     RETH,
@@ -46,7 +45,6 @@ from softroce_ext.wire.headers import (
 from softroce_ext.wire.opcodes import OpFlag
 
 if TYPE_CHECKING:
-    from softroce_ext.transport.engine import FrameSink
     from softroce_ext.transport.qp import QueuePair
 
 _START = int(OpFlag.START)
@@ -67,28 +65,6 @@ _LOCAL_WRITE = int(Access.LOCAL_WRITE)
 
 MAX_PENDING_ANSWERS = 512
 """Answers that may wait to be sent; a partner that asks for more than that while none leaves is not listened to."""
-
-
-class RequestFault(Exception):
-    """The partner's request cannot be executed: the NAK's syndrome and this side's status for the receive it used."""
-
-    def __init__(self, syndrome: int, receive_status: WcStatus, event: QpEvent) -> None:
-        super().__init__(f"NAK {syndrome:#x}")
-        self.syndrome = syndrome
-        self.receive_status = receive_status
-        self.event = event
-
-
-def _invalid_request() -> RequestFault:
-    return RequestFault(NAK_INVALID_REQUEST, WcStatus.REM_INV_REQ_ERR, QpEvent.QP_REQ_ERR)
-
-
-def _remote_access() -> RequestFault:
-    return RequestFault(NAK_REMOTE_ACCESS, WcStatus.WR_FLUSH_ERR, QpEvent.QP_ACCESS_ERR)
-
-
-def _remote_operational() -> RequestFault:
-    return RequestFault(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_QP_OP_ERR, QpEvent.QP_FATAL)
 
 
 def receive_request(qp: QueuePair, packet: Packet, flags: int, now: float) -> None:
@@ -126,45 +102,6 @@ def receive_request(qp: QueuePair, packet: Packet, flags: int, now: float) -> No
         context.nak_sent = False
         if packet.ack_byte & ACK_REQ and flags & _DATA:
             qp.ack_pending = True
-
-
-def refuse(qp: QueuePair, psn: int, fault: RequestFault) -> None:
-    """Answer by a NAK that ends the connection, and fail this end too (IBA 9.9.3.1: class A, B, C errors)."""
-    qp.counters["send_fatal_nak"] += 1
-    flush_ack(qp)
-    qp.context.answers.append(Acknowledge(psn, fault.syndrome, qp.context.msn))
-    qp.enter_error(fault.receive_status, fault.event)
-
-
-def flush_ack(qp: QueuePair) -> None:
-    """Queue the batch's pending ACK (one for all of the batch's packets), after whatever is queued already."""
-    if not qp.ack_pending:
-        return
-    qp.ack_pending = False
-    context = qp.context
-    psn = context.expected_psn - 1 & PSN_MASK
-    answers = context.answers
-    if answers:
-        last = answers[-1]
-        if isinstance(last, Acknowledge) and last.syndrome == ACK_UNLIMITED and not last.resumed:
-            last.psn = psn
-            last.msn = context.msn
-            return
-    answers.append(Acknowledge(psn, ACK_UNLIMITED, context.msn))
-
-
-def withdraw(qp: QueuePair) -> None:
-    """Take back the answers to this batch's requests: they have not left yet, and will not be true."""
-    context = qp.context
-    qp.ack_pending = False
-    kept = [
-        answer
-        for answer in context.answers
-        if ((answer.psn if isinstance(answer, Acknowledge) else answer.resource.first_psn) - qp.batch_psn & PSN_MASK)
-        >= PSN_HALF
-    ]
-    context.answers.clear()
-    context.answers.extend(kept)
 
 
 def _ahead(qp: QueuePair) -> None:
@@ -219,22 +156,22 @@ def _write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
     length = len(payload)
     if flags & _START:
         if context.message or not context.qp_access_flags & _REMOTE_WRITE:
-            raise _invalid_request()
+            raise invalid_request()
         address, rkey, total = RETH.unpack_from(packet.raw, packet.headers_at)
         left = total
         qp.write_target = None
     else:
         if context.message != _WRITE:
-            raise _invalid_request()
+            raise invalid_request()
         address = context.write_address
         rkey = context.write_rkey
         total = context.write_length
         left = context.write_left
     if flags & _END:
         if length != left or length > context.path_mtu:
-            raise _invalid_request()
+            raise invalid_request()
     elif length != context.path_mtu or length >= left:  # so a LAST has at least one byte
-        raise _invalid_request()
+        raise invalid_request()
     if flags & _IMM and context.recv_wqe is None and not _fetch_receive(qp, packet.psn):
         return 0
     if length:
@@ -244,13 +181,13 @@ def _write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
             try:
                 memory, local = qp.pd.remote(rkey, address, left, _REMOTE_WRITE)
             except ProtectionError:
-                raise _remote_access() from None
+                raise remote_access() from None
             qp.will_write(memory, True)
             qp.write_target = target = (memory, local - address)
         try:
             target[0].write(address + target[1], payload)
         except MemoryFault:
-            raise _remote_operational() from None
+            raise remote_operational() from None
     if flags & _END:
         context.message = 0
         context.write_left = 0
@@ -258,8 +195,8 @@ def _write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
         if flags & _IMM:
             at = packet.headers_at + (16 if flags & _START else 0)
             imm = int.from_bytes(packet.raw[at : at + 4], "little")
-            qp.complete_receive(
-                now, WcOpcode.RECV_RDMA_WITH_IMM, total, imm, WcFlag.WITH_IMM, bool(packet.first_word & SOLICITED)
+            complete_receive(
+                qp, now, WcOpcode.RECV_RDMA_WITH_IMM, total, imm, WcFlag.WITH_IMM, bool(packet.first_word & SOLICITED)
             )
     else:
         context.message = _WRITE
@@ -274,31 +211,31 @@ def _send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
     """HOT. One packet of a SEND. Returns 1, or 0 when no receive is posted (RNR)."""
     context = qp.context
     if bool(flags & _START) == bool(context.message) or context.message == _WRITE:
-        raise _invalid_request()
+        raise invalid_request()
     payload = packet.payload
     length = len(payload)
     if not flags & _END:
         if length != context.path_mtu:
-            raise _invalid_request()
+            raise invalid_request()
     elif length > context.path_mtu or (length == 0 and not flags & _START):
-        raise _invalid_request()
+        raise invalid_request()
     if flags & _START:
         if not _fetch_receive(qp, packet.psn):
             return 0
         context.recv_offset = 0
     receive = context.recv_wqe
     if receive is None:
-        raise _remote_operational()
+        raise remote_operational()
     offset = context.recv_offset
     if offset + length > receive.length:
-        raise _remote_operational()
+        raise remote_operational()
     if length:
         segments = qp.recv_segments
         if segments is None:
             try:
                 segments = resolve(qp.pd, receive.sges, _LOCAL_WRITE)
             except ProtectionError:
-                raise _remote_operational() from None
+                raise remote_operational() from None
             qp.recv_segments = segments
             for segment in segments:
                 qp.will_write(segment[1], True)
@@ -309,7 +246,7 @@ def _send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
             else:
                 scatter(segments, offset, payload)
         except MemoryFault:
-            raise _remote_operational() from None
+            raise remote_operational() from None
     if not flags & _END:
         context.message = _SEND
         context.recv_offset = offset + length
@@ -325,10 +262,10 @@ def _send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
         try:
             qp.pd.invalidate(imm, context.qpn)
         except ProtectionError:
-            raise _remote_access() from None
+            raise remote_access() from None
     context.message = 0
     context.msn = context.msn + 1 & PSN_MASK
-    qp.complete_receive(now, WcOpcode.RECV, offset + length, imm, wc_flags, bool(packet.first_word & SOLICITED))
+    complete_receive(qp, now, WcOpcode.RECV, offset + length, imm, wc_flags, bool(packet.first_word & SOLICITED))
     return 1
 
 
@@ -354,15 +291,15 @@ def _read(qp: QueuePair, packet: Packet) -> int:
     """An RDMA READ request: check it, remember it, queue its answer. Returns the PSNs that it takes."""
     context = qp.context
     if context.message or not context.qp_access_flags & _REMOTE_READ or context.max_dest_rd_atomic == 0:
-        raise _invalid_request()
+        raise invalid_request()
     address, rkey, length = RETH.unpack_from(packet.raw, packet.headers_at)
     if length > 1 << 31:
-        raise _invalid_request()
+        raise invalid_request()
     if length:
         try:
             qp.pd.remote(rkey, address, length, _REMOTE_READ)
         except ProtectionError:
-            raise _remote_access() from None
+            raise remote_access() from None
     flush_ack(qp)
     context.msn = context.msn + 1 & PSN_MASK
     packets: int = -(-length // context.path_mtu) or 1
@@ -376,14 +313,14 @@ def _atomic(qp: QueuePair, packet: Packet) -> int:
     """COMPARE SWAP or FETCH ADD on 8 bytes in this machine's byte order, exactly once."""
     context = qp.context
     if context.message or not context.qp_access_flags & _REMOTE_ATOMIC or context.max_dest_rd_atomic == 0:
-        raise _invalid_request()
+        raise invalid_request()
     address, rkey, swap_or_add, compare = ATOMIC_ETH.unpack_from(packet.raw, packet.headers_at)
     if address & 7:
-        raise _invalid_request()
+        raise invalid_request()
     try:
         memory, local = qp.pd.remote(rkey, address, 8, _REMOTE_ATOMIC)
     except ProtectionError:
-        raise _remote_access() from None
+        raise remote_access() from None
     try:
         memory.flush()  # what earlier packets of the batch wrote there
         original = int.from_bytes(memory.read(local, 8), "little")
@@ -394,7 +331,7 @@ def _atomic(qp: QueuePair, packet: Packet) -> int:
         memory.write(local, value.to_bytes(8, "little"))
         memory.flush()
     except MemoryFault:
-        raise _remote_operational() from None
+        raise remote_operational() from None
     flush_ack(qp)
     context.msn = context.msn + 1 & PSN_MASK
     resource = ResponderResource(packet.psn, 1, context.msn, True, original)
@@ -408,90 +345,3 @@ def _remember(qp: QueuePair, resource: ResponderResource) -> None:
     resources.append(resource)
     while len(resources) > qp.context.max_dest_rd_atomic:
         resources.popleft()
-
-
-def send_answers(qp: QueuePair, sink: FrameSink, budget: int) -> int:
-    """HOT. Send up to `budget` queued answers' packets; returns how many."""
-    context = qp.context
-    answers = context.answers
-    path = context.path
-    assert path is not None
-    sent = 0
-    while answers and sent < budget:
-        answer = answers[0]
-        if isinstance(answer, Acknowledge):
-            ack_byte = qp.capability | (MIGROS_RESUMED if answer.resumed else 0)
-            headers = BTH_AETH.pack(
-                op.ACKNOWLEDGE << 24 | PKEY_DEFAULT, context.destination_qpn, ack_byte << 24 | answer.psn,
-                answer.syndrome << 24 | answer.msn,
-            )  # fmt: skip
-            sink.add(path, headers, b"", 0)
-            sent += 1
-        elif isinstance(answer, ReadAnswer):
-            sent += _send_read_answer(qp, answer, sink, budget - sent)
-            if not answers or answers[0] is not answer:
-                continue  # its memory has gone: a NAK took its place
-            if answer.next_packet < answer.resource.packets:
-                break
-        else:
-            resource = answer.resource
-            headers = BTH_AETH_ATOMIC.pack(
-                op.ATOMIC_ACKNOWLEDGE << 24 | PKEY_DEFAULT, context.destination_qpn,
-                qp.capability << 24 | resource.first_psn, ACK_UNLIMITED << 24 | resource.msn, resource.original,
-            )  # fmt: skip
-            sink.add(path, headers, b"", 0)
-            sent += 1
-        answers.popleft()
-    if answers:
-        qp.more = True
-    return sent
-
-
-def _send_read_answer(qp: QueuePair, answer: ReadAnswer, sink: FrameSink, limit: int) -> int:
-    """HOT. Up to `limit` READ response packets, from one read of the memory; returns how many."""
-    context = qp.context
-    resource = answer.resource
-    mtu = context.path_mtu
-    packets = resource.packets
-    at = answer.next_packet
-    count = min(packets - at, limit)
-    begin = at * mtu
-    length = min(resource.length - begin, count * mtu)
-    data = memoryview(b"")
-    if length:
-        try:
-            memory, address = qp.pd.remote(resource.rkey, resource.remote_address + begin, length, _REMOTE_READ)
-            data = memoryview(memory.read(address, length))
-        except (ProtectionError, MemoryFault) as error:
-            fault = _remote_access() if isinstance(error, ProtectionError) else _remote_operational()
-            # Nothing that was asked for after it may be answered.
-            context.answers.clear()
-            refuse(qp, resource.first_psn + at & PSN_MASK, fault)
-            return 0
-    path = context.path
-    assert path is not None
-    add = sink.add
-    remote = context.destination_qpn
-    capability = qp.capability << 24
-    aeth = ACK_UNLIMITED << 24 | resource.msn
-    middle = op.READ_RESPONSE_MIDDLE << 24 | PKEY_DEFAULT
-    psn = resource.first_psn + at & PSN_MASK
-    last = packets - 1
-    offset = 0
-    for index in range(at, at + count):
-        payload = data[offset : offset + mtu]
-        # A duplicate's answer that begins within the READ begins with MIDDLE, as rxe's does (and as rxe expects).
-        if 0 < index < last:
-            add(path, BTH.pack(middle, remote, capability | psn), payload, 0)
-        else:
-            if index < last:
-                opcode, pad = op.READ_RESPONSE_FIRST, 0
-            else:
-                opcode = op.READ_RESPONSE_ONLY if index == 0 else op.READ_RESPONSE_LAST
-                pad = -len(payload) & 3
-            first = opcode << 24 | pad << PAD_SHIFT | PKEY_DEFAULT
-            add(path, BTH_AETH.pack(first, remote, capability | psn, aeth), payload, pad)
-        offset += mtu
-        psn = psn + 1 & PSN_MASK
-    answer.next_packet = at + count
-    return count

@@ -32,6 +32,10 @@ class WrOpcode(IntEnum):
     SEND_WITH_INV = 9
 
 
+READS = frozenset({4, 5, 6})
+"""Requests (WrOpcode) that are answered by data and count against max_rd_atomic: READ and the atomics."""
+
+
 class SendFlag(IntFlag):
     """enum ib_send_flags."""
 

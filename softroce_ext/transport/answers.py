@@ -1,0 +1,183 @@
+"""The responder's other half: what it answers, in PSN order (IBA 9.7.5.1, 9.7.5.2, 9.9.3).
+
+Answers wait in `QpContext.answers`. ACKs of one batch are one ACK; READ responses are generated from the saved request
+a few packets at a time, whenever the queue pair has its turn to send.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from softroce_ext.transport.completion import enter_error
+from softroce_ext.transport.context import Acknowledge, ReadAnswer
+from softroce_ext.transport.interfaces import MemoryFault, ProtectionError
+from softroce_ext.transport.verbs import Access, QpEvent, WcStatus
+from softroce_ext.wire import opcodes as op
+from softroce_ext.wire.headers import (
+    ACK_UNLIMITED,
+    BTH,
+    BTH_AETH,
+    BTH_AETH_ATOMIC,
+    MIGROS_RESUMED,
+    NAK_INVALID_REQUEST,
+    NAK_REMOTE_ACCESS,
+    NAK_REMOTE_OPERATIONAL,
+    PAD_SHIFT,
+    PKEY_DEFAULT,
+    PSN_HALF,
+    PSN_MASK,
+)
+
+if TYPE_CHECKING:
+    from softroce_ext.transport.engine import FrameSink
+    from softroce_ext.transport.qp import QueuePair
+
+_REMOTE_READ = int(Access.REMOTE_READ)
+
+
+class RequestFault(Exception):
+    """The partner's request cannot be executed: the NAK's syndrome and this side's status for the receive it used."""
+
+    def __init__(self, syndrome: int, receive_status: WcStatus, event: QpEvent) -> None:
+        super().__init__(f"NAK {syndrome:#x}")
+        self.syndrome = syndrome
+        self.receive_status = receive_status
+        self.event = event
+
+
+def invalid_request() -> RequestFault:
+    return RequestFault(NAK_INVALID_REQUEST, WcStatus.REM_INV_REQ_ERR, QpEvent.QP_REQ_ERR)
+
+
+def remote_access() -> RequestFault:
+    return RequestFault(NAK_REMOTE_ACCESS, WcStatus.WR_FLUSH_ERR, QpEvent.QP_ACCESS_ERR)
+
+
+def remote_operational() -> RequestFault:
+    return RequestFault(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_QP_OP_ERR, QpEvent.QP_FATAL)
+
+
+def flush_ack(qp: QueuePair) -> None:
+    """Queue the batch's pending ACK (one for all of the batch's packets), after whatever is queued already."""
+    if not qp.ack_pending:
+        return
+    qp.ack_pending = False
+    context = qp.context
+    psn = context.expected_psn - 1 & PSN_MASK
+    answers = context.answers
+    if answers:
+        last = answers[-1]
+        if isinstance(last, Acknowledge) and last.syndrome == ACK_UNLIMITED and not last.resumed:
+            last.psn = psn
+            last.msn = context.msn
+            return
+    answers.append(Acknowledge(psn, ACK_UNLIMITED, context.msn))
+
+
+def withdraw(qp: QueuePair) -> None:
+    """Take back the answers to this batch's requests: they have not left yet, and will not be true."""
+    context = qp.context
+    qp.ack_pending = False
+    kept = [
+        answer
+        for answer in context.answers
+        if ((answer.psn if isinstance(answer, Acknowledge) else answer.resource.first_psn) - qp.batch_psn & PSN_MASK)
+        >= PSN_HALF
+    ]
+    context.answers.clear()
+    context.answers.extend(kept)
+
+
+def refuse(qp: QueuePair, psn: int, fault: RequestFault) -> None:
+    """Answer by a NAK that ends the connection, and fail this end too (IBA 9.9.3.1: class A, B, C errors)."""
+    qp.counters["send_fatal_nak"] += 1
+    flush_ack(qp)
+    qp.context.answers.append(Acknowledge(psn, fault.syndrome, qp.context.msn))
+    enter_error(qp, fault.receive_status, fault.event)
+
+
+def send_answers(qp: QueuePair, sink: FrameSink, budget: int) -> int:
+    """HOT. Send up to `budget` queued answers' packets; returns how many."""
+    context = qp.context
+    answers = context.answers
+    path = context.path
+    assert path is not None
+    sent = 0
+    while answers and sent < budget:
+        answer = answers[0]
+        if isinstance(answer, Acknowledge):
+            ack_byte = qp.capability | (MIGROS_RESUMED if answer.resumed else 0)
+            headers = BTH_AETH.pack(
+                op.ACKNOWLEDGE << 24 | PKEY_DEFAULT, context.destination_qpn, ack_byte << 24 | answer.psn,
+                answer.syndrome << 24 | answer.msn,
+            )  # fmt: skip
+            sink.add(path, headers, b"", 0)
+            sent += 1
+        elif isinstance(answer, ReadAnswer):
+            sent += _send_read_answer(qp, answer, sink, budget - sent)
+            if not answers or answers[0] is not answer:
+                continue  # its memory has gone: a NAK took its place
+            if answer.next_packet < answer.resource.packets:
+                break
+        else:
+            resource = answer.resource
+            headers = BTH_AETH_ATOMIC.pack(
+                op.ATOMIC_ACKNOWLEDGE << 24 | PKEY_DEFAULT, context.destination_qpn,
+                qp.capability << 24 | resource.first_psn, ACK_UNLIMITED << 24 | resource.msn, resource.original,
+            )  # fmt: skip
+            sink.add(path, headers, b"", 0)
+            sent += 1
+        answers.popleft()
+    if answers:
+        qp.more = True
+    return sent
+
+
+def _send_read_answer(qp: QueuePair, answer: ReadAnswer, sink: FrameSink, limit: int) -> int:
+    """HOT. Up to `limit` READ response packets, from one read of the memory; returns how many."""
+    context = qp.context
+    resource = answer.resource
+    mtu = context.path_mtu
+    packets = resource.packets
+    at = answer.next_packet
+    count = min(packets - at, limit)
+    begin = at * mtu
+    length = min(resource.length - begin, count * mtu)
+    data = memoryview(b"")
+    if length:
+        try:
+            memory, address = qp.pd.remote(resource.rkey, resource.remote_address + begin, length, _REMOTE_READ)
+            data = memoryview(memory.read(address, length))
+        except (ProtectionError, MemoryFault) as error:
+            fault = remote_access() if isinstance(error, ProtectionError) else remote_operational()
+            # Nothing that was asked for after it may be answered.
+            context.answers.clear()
+            refuse(qp, resource.first_psn + at & PSN_MASK, fault)
+            return 0
+    path = context.path
+    assert path is not None
+    add = sink.add
+    remote = context.destination_qpn
+    capability = qp.capability << 24
+    aeth = ACK_UNLIMITED << 24 | resource.msn
+    middle = op.READ_RESPONSE_MIDDLE << 24 | PKEY_DEFAULT
+    psn = resource.first_psn + at & PSN_MASK
+    last = packets - 1
+    offset = 0
+    for index in range(at, at + count):
+        payload = data[offset : offset + mtu]
+        # A duplicate's answer that begins within the READ begins with MIDDLE, as rxe's does (and as rxe expects).
+        if 0 < index < last:
+            add(path, BTH.pack(middle, remote, capability | psn), payload, 0)
+        else:
+            if index < last:
+                opcode, pad = op.READ_RESPONSE_FIRST, 0
+            else:
+                opcode = op.READ_RESPONSE_ONLY if index == 0 else op.READ_RESPONSE_LAST
+                pad = -len(payload) & 3
+            first = opcode << 24 | pad << PAD_SHIFT | PKEY_DEFAULT
+            add(path, BTH_AETH.pack(first, remote, capability | psn, aeth), payload, pad)
+        offset += mtu
+        psn = psn + 1 & PSN_MASK
+    answer.next_packet = at + count
+    return count

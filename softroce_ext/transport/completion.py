@@ -1,0 +1,177 @@
+"""How requests and receives come back to the application: completed, failed, or flushed (IBA 10.8.6, 11.4.2).
+
+A slot of a queue is given back before its completion is published, and completions are published by the engine at the
+end of a batch, after the batch's data have been flushed to memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from softroce_ext.transport.verbs import READS, QpEvent, QpState, SendFlag, WcFlag, WcOpcode, WcStatus, WrOpcode
+
+if TYPE_CHECKING:
+    from softroce_ext.transport.qp import QueuePair
+
+COMPLETION_OPCODE: dict[int, int] = {
+    WrOpcode.RDMA_WRITE: int(WcOpcode.RDMA_WRITE),
+    WrOpcode.RDMA_WRITE_WITH_IMM: int(WcOpcode.RDMA_WRITE),
+    WrOpcode.SEND: int(WcOpcode.SEND),
+    WrOpcode.SEND_WITH_IMM: int(WcOpcode.SEND),
+    WrOpcode.SEND_WITH_INV: int(WcOpcode.SEND),
+    WrOpcode.RDMA_READ: int(WcOpcode.RDMA_READ),
+    WrOpcode.ATOMIC_CMP_AND_SWP: int(WcOpcode.COMP_SWAP),
+    WrOpcode.ATOMIC_FETCH_AND_ADD: int(WcOpcode.FETCH_ADD),
+    WrOpcode.LOCAL_INV: int(WcOpcode.LOCAL_INV),
+    WrOpcode.BIND_MW: int(WcOpcode.BIND_MW),
+}
+_WITH_IMM = frozenset({int(WrOpcode.RDMA_WRITE_WITH_IMM), int(WrOpcode.SEND_WITH_IMM)})
+_IMM_FLAG = int(WcFlag.WITH_IMM)
+_SIGNALED = int(SendFlag.SIGNALED)
+_SEND, _RECV = int(WcOpcode.SEND), int(WcOpcode.RECV)
+_FLUSHED = int(WcStatus.WR_FLUSH_ERR)
+_ERR = int(QpState.ERR)
+
+
+def settle(qp: QueuePair, now: float) -> None:
+    """Deal with an oldest request that has failed here or was a local operation; notice a drained queue."""
+    context = qp.context
+    inflight = context.inflight
+    while inflight:
+        oldest = inflight[0]
+        if oldest.status:
+            fail_oldest(qp, oldest.status)
+            return
+        if oldest.packets or not oldest.done:
+            return
+        retire_oldest(qp, now)
+    if context.sq_draining:
+        check_drained(qp)
+
+
+def retire_oldest(qp: QueuePair, now: float) -> None:
+    """HOT. The oldest request is complete: give its slot back, then (deferred) publish its completion."""
+    context = qp.context
+    record = context.inflight.popleft()
+    wqe = record.wqe
+    if context.cursor:
+        context.cursor -= 1
+        if wqe.opcode in READS:
+            context.reads_out -= 1
+    qp.send_queue.retire()
+    _note_completion(qp, now)
+    if wqe.flags & _SIGNALED or context.sq_sig_all:
+        opcode = wqe.opcode
+        qp.engine.completions.append(
+            (
+                qp, qp.send_cq, wqe.wr_id, 0, COMPLETION_OPCODE[opcode], wqe.length, 0, context.qpn, 0,
+                _IMM_FLAG if opcode in _WITH_IMM else 0, False,
+            )
+        )  # fmt: skip
+
+
+def complete_receive(
+    qp: QueuePair, now: float, opcode: int, byte_len: int, imm: int, wc_flags: int, solicited: bool
+) -> None:
+    """HOT. The receive in use is complete: give its slot back, then (deferred) publish its completion."""
+    context = qp.context
+    receive = context.recv_wqe
+    if receive is None:
+        return
+    context.recv_wqe = None
+    qp.recv_segments = None
+    if not context.srq:
+        qp.receive_queue.retire()
+    _note_completion(qp, now)
+    qp.engine.completions.append(
+        (
+            qp, qp.recv_cq, receive.wr_id, 0, opcode, byte_len, imm, context.qpn, context.destination_qpn,
+            wc_flags, solicited,
+        )
+    )  # fmt: skip
+
+
+def fail_oldest(qp: QueuePair, status: int) -> None:
+    """The oldest request fails with `status`, and the queue pair with it."""
+    context = qp.context
+    if context.inflight:
+        context.inflight[0].status = status
+    if status == WcStatus.RNR_RETRY_EXC_ERR:
+        qp.counters["retry_rnr_exceeded_err"] += 1
+    enter_error(qp, None, None)
+
+
+def enter_error(qp: QueuePair, receive_status: int | None, event: QpEvent | None) -> None:
+    """To ERR: every request and receive comes back, failed ones with their status, the others flushed.
+
+    receive_status: of the receive in use (None: flushed like the others); event: to report besides.
+    """
+    context = qp.context
+    context.state = _ERR
+    context.ack_deadline = context.rnr_deadline = context.pause_deadline = context.resume_deadline = None
+    context.paused = context.resume_pending = False
+    context.message = 0
+    qp.ack_pending = False
+    while context.inflight:
+        record = context.inflight.popleft()
+        _flush_send(qp, record.wqe.wr_id, record.wqe.opcode, record.status or _FLUSHED)
+    context.cursor = context.reads_out = 0
+    context.send_psn = context.next_psn = context.high_psn = context.una_psn
+    receive = context.recv_wqe
+    if receive is not None:
+        context.recv_wqe = None
+        _flush_receive(qp, receive.wr_id, receive_status or _FLUSHED)
+        if not context.srq:
+            qp.receive_queue.retire()
+    flush(qp)
+    if context.srq:
+        qp.events.qp_event(context.qpn, QpEvent.QP_LAST_WQE_REACHED)
+    if event is not None:
+        qp.events.qp_event(context.qpn, event)
+    qp.make_ready()
+
+
+def flush(qp: QueuePair) -> None:
+    """ERR: return whatever is posted."""
+    while (wqe := qp.send_queue.fetch()) is not None:
+        _flush_send(qp, wqe.wr_id, wqe.opcode, _FLUSHED)
+    if qp.context.srq:
+        return
+    while (receive := qp.receive_queue.fetch()) is not None:
+        _flush_receive(qp, receive.wr_id, _FLUSHED)
+        qp.receive_queue.retire()
+
+
+def _flush_send(qp: QueuePair, wr_id: int, opcode: int, status: int) -> None:
+    """A request comes back with an error."""
+    qp.send_queue.retire()
+    qp.engine.completions.append(
+        (
+            qp, qp.send_cq, wr_id, int(status), COMPLETION_OPCODE.get(opcode, _SEND), 0, 0,
+            qp.context.qpn, 0, 0, True,
+        )
+    )  # fmt: skip
+
+
+def _flush_receive(qp: QueuePair, wr_id: int, status: int) -> None:
+    """A receive comes back with an error."""
+    qp.engine.completions.append((qp, qp.recv_cq, wr_id, int(status), _RECV, 0, 0, qp.context.qpn, 0, 0, True))
+
+
+def _note_completion(qp: QueuePair, now: float) -> None:
+    """HOT. Keep the longest time between two completions."""
+    context = qp.context
+    last = context.gap_last
+    if last is not None and now - last > context.gap_longest:
+        context.gap_longest = now - last
+        context.gap_longest_end = now
+    context.gap_last = now
+
+
+def check_drained(qp: QueuePair) -> None:
+    """SQD: say so when the last request that was begun is complete."""
+    context = qp.context
+    if context.sq_draining and not context.inflight:
+        context.sq_draining = False
+        if context.en_sqd_async_notify:
+            qp.events.qp_event(context.qpn, QpEvent.SQ_DRAINED)
