@@ -47,7 +47,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        return f"{text.size(self.size)}\n{self.qps} QP" + ("s" if self.qps > 1 else "")
+        return f"{text.size(self.size).replace('.00', '')}\n{self.qps} QP" + ("s" if self.qps > 1 else "")
 
     def values(self, name: str) -> list[float]:
         """A field of the runs' only migration, those that have it."""
@@ -154,13 +154,13 @@ def draw(folder: Path, measured: list[Point]) -> list[Path]:
             series(by_size, "size"),
             title="Blackout of ib_write_bw's server against message size, 1 queue pair",
             xlabel="message size",
-            tick=text.size,
+            tick=lambda size: text.size(size).replace(".00", ""),
             **common,
         ),
         lines(
             folder / "queue_pairs.png",
             series(by_count, "qps"),
-            title=f"Blackout of ib_write_bw's server against queue pairs, {text.size(SMALL)} messages",
+            title="Blackout of ib_write_bw's server against queue pairs, 4 KiB messages",
             xlabel="queue pairs",
             **common,
         ),

@@ -59,7 +59,8 @@ def _samples(estimates: Sequence[Estimate]) -> str:
     counts = sorted({e.n for e in estimates})
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
     whiskers = "whiskers: 95 % bootstrap interval" if counts[-1] > 1 else "one sample each: no interval"
-    return f"median of n = {number} runs per point, {whiskers}"
+    runs = "run" if number == "1" else "runs"
+    return f"median of n = {number} {runs} per point, {whiskers}"
 
 
 def lines(
