@@ -72,7 +72,7 @@ def check() -> None:
             f"missing: {', '.join(missing)}", where="network", hint=f"./bootstrap, or apt install {packages}"
         )
     try:
-        command("ovs-vsctl", "--timeout=5", "show")
+        command("ovs-vsctl", "--timeout=15", "show")
     except CommandFailed as error:
         raise EnvironmentProblem(
             f"Open vSwitch does not answer: {error.stderr}",

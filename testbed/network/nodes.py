@@ -8,11 +8,18 @@ its error raised.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 from testbed.errors import EnvironmentProblem
 from testbed.network.fixtures import PRIVATE
 from testbed.network.machine import command
+
+if sys.version_info >= (3, 12):
+    # Mininet 2.3.0 imports distutils, which Python has dropped; setuptools brings a copy of its own.
+    with contextlib.suppress(ImportError):
+        import setuptools  # noqa: F401
 
 try:
     from mininet.link import Intf, Link
@@ -36,6 +43,10 @@ def mininet() -> Any:
 
 class PrivateHost(Host):  # type: ignore[misc]
     """A host with a tmpfs of its own at `/run/migros`, in its mount namespace."""
+
+    @classmethod
+    def setup(cls) -> None:
+        """Nothing: `machine.check` has been called. Mininet's own ends the process if something is missing."""
 
     def mountPrivateDirs(self) -> None:
         command("mount", "-t", "tmpfs", "-o", "mode=0755,nosuid", "migros", PRIVATE, pid=self.pid)
@@ -80,6 +91,10 @@ def _place(node: Any) -> list[str]:
 
 class Bridge(OVSSwitch):  # type: ignore[misc]
     """An Open vSwitch bridge made in one transaction, marked with the run that it belongs to."""
+
+    @classmethod
+    def setup(cls) -> None:
+        """Nothing: as for hosts. Mininet's own also gives Open vSwitch one second to answer."""
 
     def __init__(self, name: str, run_id: str, **params: Any) -> None:
         self.run_id = run_id
