@@ -48,6 +48,8 @@ NIC_IMAGE = "nic/image"
 """Name of the NIC's image in the transfer."""
 NIC_SECONDS = 30.0
 """Bound on one command to the NIC."""
+ACK_SECONDS = 3.0
+"""How long the program waits, frozen, for every partner to acknowledge its RESUME."""
 
 
 @dataclass
@@ -83,7 +85,6 @@ class Incoming:
     """Contexts that the NIC has restored for it."""
     address: str | None = None
     """Address that was added for it."""
-    resumed: bool = False
     done: bool = False
     """Taken over or aborted."""
 
@@ -261,7 +262,8 @@ def _roll_back(agent: Agent, move: Outgoing) -> None:
     if move.dump is not None:
         move.dump.roll_back()
     if move.held and move.contexts:
-        running_nic(agent).command("unhold", {"contexts": move.contexts}, NIC_SECONDS)
+        # Not waited for: the program runs already, and a silent partner is no reason to call the roll-back a failure.
+        running_nic(agent).command("unhold", {"contexts": move.contexts, "wait": False}, NIC_SECONDS)
     _keep_logs(agent, move.folder)
 
 
@@ -366,8 +368,9 @@ def migrate_receive(
 def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str, Any]:
     """Join the restored process with its NIC objects, tell every partner by RESUME from `source_ip`, let it run.
 
-    Returns {"init", "resume"}: the application's new init and what the NIC said of the RESUMEs. There is no way back
-    once the NIC was told to resume: an error then has `"resumed"` true in the event `migration_resumed` before it.
+    Once the NIC was told to resume (event `migration_resumed`) there is no way back, so the program then runs here
+    whatever else fails. Returns {"init", "resume", "problem"}: its new init, what the NIC said of the RESUMEs, and what
+    went wrong after the point of no return, or None.
     """
     move = _incoming(migration)
     with move.lock, _blame():
@@ -376,25 +379,24 @@ def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str,
             raise OperationError(f"migration {migration!r} was aborted")
         init = restore.root_pid
         answer: dict[str, Any] = {}
+        problems: list[str] = []
         with _phase(agent, migration, "resume"):
-            if move.contexts:
-                nic = running_nic(agent)
+            nic = running_nic(agent) if move.contexts else None
+            if nic is not None:
                 pids = {str(inner_pid(pid)): pid for pid in namespace_members(init)}
                 nic.command("attach", {"contexts": move.contexts, "pids": pids}, NIC_SECONDS)
-                move.resumed = True
-                agent.event("migration_resumed", migration=migration)
-                answer = nic.command(
-                    "resume", {"contexts": move.contexts, "source_ip": source_ip, "wait": True}, NIC_SECONDS
-                )
-            else:
-                move.resumed = True
-                agent.event("migration_resumed", migration=migration)
-        with _phase(agent, migration, "thaw"):
-            apps.adopt(agent, name=move.app, init=init, argv=move.argv, env=move.env)
+            agent.event("migration_resumed", migration=migration)
             move.done = True
+            apps.adopt(agent, name=move.app, init=init, argv=move.argv, env=move.env)
+            if nic is not None:
+                # Past `timeout` the RESUMEs go on, but a partner that is silent must not keep the program frozen.
+                request = {"contexts": move.contexts, "source_ip": source_ip, "wait": True, "timeout": ACK_SECONDS}
+                with _collect(problems):
+                    answer = nic.command("resume", request, NIC_SECONDS)
+        with _phase(agent, migration, "thaw"), _collect(problems):
             restore.release()
         shutil.rmtree(move.folder, ignore_errors=True)
-    return {"init": init, "resume": answer}
+    return {"init": init, "resume": answer, "problem": "; ".join(problems) or None}
 
 
 @operation("migrate_abort")

@@ -54,6 +54,7 @@ class Move:
         self._began = 0.0
         self._thawed = 0.0
         self._notes: list[str] = []
+        self._problem: str | None = None
         self._gaps_here: observe.Gaps | None = None
         self._gaps_there: observe.Gaps | None = None
         self._gaps_partners: list[observe.Gaps] = []
@@ -68,14 +69,16 @@ class Move:
         counted = {name: observe.counters(host) for name, host in self._session.hosts.items()}
         failure: TestbedError | None = None
         rolled_back = False
-        try:
-            with self._session.controller() as controller:
+        with self._session.controller() as controller:
+            try:
                 self._phases(controller)
-        except TestbedError as error:
-            failure, rolled_back = error, self._fail()
-        except BaseException:
-            self._fail()
-            raise
+            except TestbedError as error:
+                failure, rolled_back = error, self._fail()
+            except BaseException:
+                self._fail()
+                raise
+        if failure is None and self._problem is not None:
+            failure = MigrationFailed(self._problem, phase="resume", rolled_back=False, where=move.to)
         record = self._record(failure, rolled_back, counted)
         folder.event(
             "migration_finished",
@@ -157,26 +160,16 @@ class Move:
 
     def _resume(self) -> None:
         """RESUME and thaw. From the moment that the NIC resumes, there is no way back."""
-        try:
-            self._target.call("migrate_resume", migration=self._name, source_ip=self._migration.ip_after)
-        except TestbedError as error:
-            if not self._timeline.resumed:
-                raise
-            self._undo.forget()
-            raise MigrationFailed(
-                f"{error.message}; partners had been answered from {self._migration.to} already, so "
-                f"{self._migration.app} could not go on at {self._migration.source}",
-                phase=self._timeline.unfinished or "resume",
-                rolled_back=False,
-                where=error.where,
-                hint=error.hint,
-            ) from error
+        answer = self._target.call("migrate_resume", migration=self._name, source_ip=self._migration.ip_after)
         self._undo.forget()
         self._thawed = self._timeline.ended.get("thaw", time.monotonic())
+        if answer.get("problem"):
+            self._problem = str(answer["problem"])
 
     def _commit(self) -> None:
-        """The program runs at the destination, whatever happens now at the source."""
+        """The program is the destination's, whatever happens now at the source."""
         move = self._migration
+        self._undo.forget()
         self._session.apps.moved(move.app, move.to)
         try:
             answer = self._source.call(
@@ -190,19 +183,16 @@ class Move:
             self._notes.append(f"clean-up at {move.source}: {error.message}")
 
     def _fail(self) -> bool:
-        """Take everything back. True if the program runs on at the source; complaints are noted."""
-        move, frozen = self._migration, "freeze" in self._timeline.began
-        possible = not self._timeline.resumed
+        """Take everything back, if that is still possible. True if the program runs on at the source."""
+        move = self._migration
+        if self._timeline.resumed:
+            # The destination has answered partners, then broken off: two copies must not live, so the original goes.
+            self._commit()
+            return False
         complaints = self._undo.run()
         self._notes += complaints
-        if not possible:
-            # Two copies must not live; the one at the destination may.
-            self._undo.add(
-                "the original", lambda: self._source.call("migrate_commit", migration=self._name, timeout=UNDO_SECONDS)
-            )
-            self._notes += self._undo.run()
-            return False
-        return frozen and not any(text.startswith(f"{move.app} goes on") for text in complaints)
+        held = any(text.startswith(f"{move.app} goes on") for text in complaints)
+        return not held and self._session.apps.running(move.app)
 
     def _tell_flows(self, answer: dict[str, Any]) -> None:
         for flow in answer.get("flows", []):
