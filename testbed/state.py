@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,8 @@ from testbed.errors import EnvironmentProblem
 
 BASE: Final = Path("/run/migros-testbed")
 RUN_VARIABLE: Final = "MIGROS_TESTBED_RUN"
+YOUNG: Final = 5.0
+"""Seconds within which a folder without a state file may belong to a run that is just beginning."""
 KINDS: Final = ("process", "host", "mount", "link", "ovs_bridge", "netns", "cgroup", "file", "directory")
 """Everything that can be recorded, in the order in which it is removed (newest first within one kind)."""
 
@@ -154,7 +157,13 @@ class Run:
     @property
     def alive(self) -> bool:
         """The process that owns the run is still there (the same one, not a recycled pid)."""
-        return self.owner_start is not None and start_time(self.owner_pid) == self.owner_start
+        if self.owner_start is None:
+            # No first line: killed before it was written, or about to write it.
+            try:
+                return time.time() - self.directory.stat().st_mtime < YOUNG
+            except OSError:
+                return False
+        return start_time(self.owner_pid) == self.owner_start
 
 
 def read(directory: Path) -> Run:
@@ -198,8 +207,11 @@ def exists(kind: str, what: str) -> bool:
     if kind == "mount":
         return os.path.realpath(what) in mounts()
     if kind == "ovs_bridge":
-        # Exit code 2 of br-exists: no such bridge. Anything else that is not 0: no Open vSwitch, hence no bridge.
-        return shutil.which("ovs-vsctl") is not None and call("ovs-vsctl", "--timeout=5", "br-exists", what) is None
+        # Exit code 2 of br-exists: no such bridge. Anything else: Open vSwitch does not answer, and its database, which
+        # outlives it, may still have the bridge.
+        argv = ["ovs-vsctl", "--timeout=5", "br-exists", what]
+        known = shutil.which(argv[0]) is not None
+        return known and subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True).returncode != 2
     return os.path.lexists(what)
 
 

@@ -80,6 +80,14 @@ def test_line_cut_off_by_a_kill_is_passed_over(tmp_path: Path) -> None:
     assert len(state.read(tmp_path / "r1").entries) == 1
 
 
+def test_run_without_a_first_line_is_given_time_to_write_it(tmp_path: Path) -> None:
+    folder = tmp_path / "r1"
+    folder.mkdir()
+    assert state.read(folder).alive
+    os.utime(folder, (0, 0))
+    assert not state.read(folder).alive
+
+
 def test_agents_write_to_the_same_file(tmp_path: Path) -> None:
     RunState.create("r1", tmp_path)
     assert os.environ[RUN_VARIABLE] == "r1"
