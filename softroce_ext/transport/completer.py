@@ -45,6 +45,7 @@ NAK_STATUS = {
 }
 """Work completion of a NAK that ends the connection; reserved codes count as remote operational, as in rxe."""
 
+_RDMA_READ = int(WrOpcode.RDMA_READ)
 _START = int(OpFlag.START)
 _END = int(OpFlag.END)
 _READ = int(OpFlag.READ)
@@ -176,15 +177,20 @@ def _within_oldest_read(context: QpContext, psn: int) -> bool:
 def _read_response(qp: QueuePair, packet: Packet, flags: int, now: float) -> None:
     """HOT. A READ response: place its data if it is the very next one."""
     context = qp.context
-    if not qp.config.retry_read_gaps and _within_oldest_read(context, packet.psn):
-        return
-    record = _oldest_for(qp, packet.psn, now)
-    if record is None:
-        return
-    if record.wqe.opcode != WrOpcode.RDMA_READ:
+    psn = packet.psn
+    if psn == context.una_psn:
+        record = context.inflight[0]
+    else:
+        if not qp.config.retry_read_gaps and _within_oldest_read(context, psn):
+            return
+        found = _oldest_for(qp, psn, now)
+        if found is None:
+            return
+        record = found
+    if record.wqe.opcode != _RDMA_READ:
         _bad_answer(qp)
         return
-    index = packet.psn - record.first_psn & PSN_MASK
+    index = psn - record.first_psn & PSN_MASK
     mtu = context.path_mtu
     offset = index * mtu
     last = index == record.packets - 1
@@ -199,9 +205,15 @@ def _read_response(qp: QueuePair, packet: Packet, flags: int, now: float) -> Non
         return
     if payload and not _place(qp, record, offset, payload):
         return
-    context.una_psn = packet.psn + 1 & PSN_MASK
+    context.una_psn = psn + 1 & PSN_MASK
     if last:
         retire_oldest(qp, now)
+    elif not (context.retry_started or context.paused or context.send_psn == psn):
+        # `progress`, without what cannot be in the middle of an undisturbed READ.
+        context.retry_left = context.retry_cnt
+        if qp.ack_timeout is not None:
+            context.ack_deadline = now + qp.ack_timeout
+        return
     progress(qp, now)
 
 

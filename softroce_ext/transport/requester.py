@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 1 << 31
 """Bytes (IBA 9.7.7: messages of up to 2**31 bytes)."""
 
+_RTS = int(QpState.RTS)
+_RDMA_READ = int(WrOpcode.RDMA_READ)
 _FENCE = int(SendFlag.FENCE)
 _SOLICITED_FLAG = int(SendFlag.SOLICITED)
 
@@ -77,7 +79,7 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
             if record.status:
                 return sent  # failed here; it waits until it is the oldest
         else:
-            if context.state != QpState.RTS:
+            if context.state != _RTS:
                 return sent  # SQD begins nothing new
             wqe = qp.send_queue.fetch()
             if wqe is None:
@@ -120,21 +122,21 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
 
 
 def _admit(context: QpContext, wqe: SendWqe) -> SendRecord:
-    """Give a fetched request its PSNs and put it behind the others."""
+    """HOT. Give a fetched request its PSNs and put it behind the others."""
     opcode = wqe.opcode
     packets = 1
     status = 0
-    if opcode in LOCAL:
-        packets = 0
-    elif opcode in ATOMICS:
-        if context.max_rd_atomic == 0 or wqe.length != 8:
-            status = WcStatus.LOC_QP_OP_ERR
-    elif opcode == WrOpcode.RDMA_READ or opcode in SEGMENTATION:
+    if opcode in SEGMENTATION or opcode == _RDMA_READ:
         packets = -(-wqe.length // context.path_mtu) or 1
         if wqe.length > MAX_MESSAGE:
             status = WcStatus.LOC_LEN_ERR
-        elif opcode == WrOpcode.RDMA_READ and context.max_rd_atomic == 0:
+        elif opcode == _RDMA_READ and context.max_rd_atomic == 0:
             status = WcStatus.LOC_QP_OP_ERR
+    elif opcode in ATOMICS:
+        if context.max_rd_atomic == 0 or wqe.length != 8:
+            status = WcStatus.LOC_QP_OP_ERR
+    elif opcode in LOCAL:
+        packets = 0
     else:
         status = WcStatus.LOC_QP_OP_ERR
     if status:
@@ -170,7 +172,7 @@ def _send_read(qp: QueuePair, record: SendRecord, sink: FrameSink) -> None:
     third = (ACK_REQ | qp.capability) << 24 | psn
     context.noack_packets = 0
     solicited = SOLICITED if wqe.flags & _SOLICITED_FLAG else 0
-    if wqe.opcode == WrOpcode.RDMA_READ:
+    if wqe.opcode == _RDMA_READ:
         done = (psn - record.first_psn & PSN_MASK) * context.path_mtu
         headers = BTH_RETH.pack(
             op.READ_REQUEST << 24 | solicited | PKEY_DEFAULT, context.destination_qpn, third,

@@ -58,6 +58,9 @@ _IMM = int(OpFlag.IMM)
 _INVALIDATE = int(OpFlag.INVALIDATE)
 _RESUME = int(OpFlag.RESUME)
 
+_RECV = int(WcOpcode.RECV)
+_WITH_IMM = int(WcFlag.WITH_IMM)
+_WITH_INVALIDATE = int(WcFlag.WITH_INVALIDATE)
 _REMOTE_WRITE = int(Access.REMOTE_WRITE)
 _REMOTE_READ = int(Access.REMOTE_READ)
 _REMOTE_ATOMIC = int(Access.REMOTE_ATOMIC)
@@ -255,17 +258,17 @@ def _send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
     wc_flags = 0
     if flags & _IMM:
         imm = int.from_bytes(packet.raw[packet.headers_at : packet.headers_at + 4], "little")
-        wc_flags = WcFlag.WITH_IMM
+        wc_flags = _WITH_IMM
     elif flags & _INVALIDATE:
         imm = WORD.unpack_from(packet.raw, packet.headers_at)[0]
-        wc_flags = WcFlag.WITH_INVALIDATE
+        wc_flags = _WITH_INVALIDATE
         try:
             qp.pd.invalidate(imm, context.qpn)
         except ProtectionError:
             raise remote_access() from None
     context.message = 0
     context.msn = context.msn + 1 & PSN_MASK
-    complete_receive(qp, now, WcOpcode.RECV, offset + length, imm, wc_flags, bool(packet.first_word & SOLICITED))
+    complete_receive(qp, now, _RECV, offset + length, imm, wc_flags, bool(packet.first_word & SOLICITED))
     return 1
 
 
