@@ -299,27 +299,30 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
 
     def prepare_move(self, ip: str, to_host: str) -> dict[str, Any]:
         """Put the new flows beneath the old ones; no packet takes another way yet."""
-        self._require_ready()
         with self._one_at_a_time:
+            self.table.begin(ip)
+            self._require_ready()
             flows = self._carry_out(self.table.prepare(ip, to_host))
         return {"prepared_at": time.monotonic(), "flows": flows}
 
     def move(self, ip: str, to_host: str) -> dict[str, Any]:
         """Let packets for `ip` go to `to_host`; prepares first if that has not been done."""
-        self._require_ready()
         with self._one_at_a_time:
+            self.table.begin(ip)
+            self._require_ready()
             return self._move(ip, to_host)
 
     def undo_move(self, ip: str) -> dict[str, Any]:
-        """Before `move`: take the preparation back. After it: back to the host that had the address before."""
-        self._require_ready()
+        """Take the last preparation or move back. A second call finds nothing to undo."""
         with self._one_at_a_time:
-            if self.table.prepared.get(ip) is not None:
-                # The move may have stopped half way: what has been moved goes back, what waits is withdrawn.
-                return self._move(ip, self.table.owner[ip])
-            if ip in self.table.previous:
-                return self._move(ip, self.table.previous[ip])
-        return {"confirmed_at": time.monotonic(), "flows": []}
+            self._require_ready()
+            begun = time.monotonic()
+            target = self.table.undo_target(ip)
+            if target is None:
+                return {"begun_at": begun, "confirmed_at": begun, "flows": []}
+            answer = self._move(ip, target)
+            self.table.begin(ip)
+            return answer
 
     def add_address(self, ip: str, host: str) -> dict[str, Any]:
         """A further address at `host`: paths to it and ARP answers for it."""

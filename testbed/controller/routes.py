@@ -114,7 +114,7 @@ class RouteTable:
         self.owner: dict[str, str] = dict(fabric.addresses)
         """Address → host that traffic for it goes to (once all moves asked for are confirmed)."""
         self.previous: dict[str, str] = {}
-        """Address → host that had it before its last move."""
+        """Address → host that had it before its last move, for as long as that can be undone."""
         self.prepared: dict[str, str] = {}
         """Address → host that its next move has been prepared for."""
         self.installed: dict[tuple[str, str], dict[int, Flow]] = {}
@@ -227,6 +227,18 @@ class RouteTable:
             self.previous[address] = self.owner[address]
         self.owner[address] = host
         self.prepared.pop(address, None)
+
+    def begin(self, address: str) -> None:
+        """A new move of `address` begins: the one before it is settled, and an undo concerns the new one only."""
+        self.previous.pop(address, None)
+
+    def undo_target(self, address: str) -> str | None:
+        """The host that `address` has to go to if its last move is undone; None if there is nothing to undo.
+
+        A move that stopped half way, or was only prepared, goes back to where it began. Raises RouteError.
+        """
+        self._known(address)
+        return self.owner[address] if address in self.prepared else self.previous.get(address)
 
     def withdraw(self, address: str) -> list[Stage]:
         """Take back what has been prepared and does not carry traffic. Empty if there is nothing."""

@@ -242,6 +242,18 @@ def test_a_withdrawn_preparation_changes_nothing(ring: Network) -> None:
     assert ring.controller.status()["flows"] == before
 
 
+def test_an_undo_is_undone_once(ring: Network) -> None:
+    """The second call finds nothing; nor does one after a move that was refused."""
+    ip = ring.hosts["h3"].ip
+    ring.controller.move(ip, "h1")
+    assert ring.controller.undo_move(ip)["flows"]
+    assert ring.controller.undo_move(ip)["flows"] == []
+    with pytest.raises(RunFailed, match="no host"):
+        ring.controller.prepare_move(ip, "h9")
+    assert ring.controller.undo_move(ip)["flows"] == []
+    assert ring.controller.path_of("h2", ip) == ["h2", "s2", "s3", "h3"]
+
+
 def test_an_address_can_be_added(ring: Network) -> None:
     host = ring.hosts["h3"]
     host.run(["ip", "address", "add", "10.0.200.1/32", "dev", host.interface])

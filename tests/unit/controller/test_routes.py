@@ -302,6 +302,21 @@ def _all(stages: Iterable[Stage]) -> list[Change]:
     return [change for stage in stages for change in stage]
 
 
+def test_an_undo_concerns_the_last_move_only() -> None:
+    """h1's address goes to h2. Then its move to h3 is begun and refused: nothing of the first move may be undone."""
+    table, switches = started(two_switches())
+    assert table.undo_target(ADDRESS) is None
+    carry_out(table, table.prepare(ADDRESS, "h2"), switches.send)
+    assert table.undo_target(ADDRESS) == "h1", "prepared: back to where it is"
+    carry_out(table, table.move(ADDRESS, "h2"), switches.send)
+    table.moved(ADDRESS, "h2")
+    assert table.undo_target(ADDRESS) == "h1", "moved: back to where it was"
+    table.begin(ADDRESS)
+    with pytest.raises(RouteError):
+        table.prepare(ADDRESS, "h9")
+    assert table.undo_target(ADDRESS) is None
+
+
 def test_a_second_preparation_replaces_the_first() -> None:
     """First for h2, then for h3: only h3's flows are beneath, and the move to h2 is refused."""
     fabric = fabric_of(nx.path_graph(3), [0, 1, 2])
