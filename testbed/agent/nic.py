@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from softroce_ext.control import ControlClient, ControlError
 from testbed.agent.operations import OperationError, operation
 from testbed.agent.processes import namespace_members, send_signal
 from testbed.agent.service import Agent
@@ -29,30 +28,14 @@ class Nic:
         self.log = log
         self.expected_end = False
 
-    def command(self, command: str, arguments: dict[str, Any], timeout: float | None) -> dict[str, Any]:
-        """One command to the control socket; its whole answer. Raises OperationError."""
-        path = str(self.directory / "control.sock")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(timeout)
-            try:
-                connection.connect(path)
-                connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
-                received = bytearray()
-                while not received.endswith(b"\n"):
-                    data = connection.recv(1 << 16)
-                    if not data:
-                        raise OperationError(f"the NIC closed its control socket during {command!r}", hint=self.why())
-                    received += data
-            except TimeoutError as error:
-                raise OperationError(
-                    f"the NIC did not answer {command!r} within {timeout:g} s", hint=self.why()
-                ) from error
-            except OSError as error:
-                raise OperationError(f"the NIC cannot be reached: {error.strerror}", hint=self.why()) from error
-        answer: dict[str, Any] = json.loads(received)
-        if not answer.get("ok"):
-            raise OperationError(f"NIC, {command}: {answer.get('error', 'failed')}", hint=answer.get("hint"))
-        return answer
+    def command(self, command: str, arguments: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """One command to the control socket; its answer. `timeout` in seconds. Raises OperationError."""
+        try:
+            with ControlClient(self.directory / "control.sock", timeout) as client:
+                return client.call(command, **arguments)
+        except ControlError as error:
+            gone = self.process.poll() is not None
+            raise OperationError(str(error), hint=(self.why() if gone else None) or error.hint or None) from error
 
     def why(self) -> str | None:
         """Where to look: the end of the NIC's log, if it says anything."""
@@ -156,7 +139,7 @@ def running_nic(agent: Agent) -> Nic:
 
 
 @operation("nic")
-def nic_command(agent: Agent, *, command: str, patience: float | None = 30.0, **arguments: Any) -> dict[str, Any]:
+def nic_command(agent: Agent, *, command: str, patience: float = 30.0, **arguments: Any) -> dict[str, Any]:
     """Pass one command to the NIC's control socket (softroce_ext.control has the table); its answer."""
     return running_nic(agent).command(command, arguments, patience)
 
