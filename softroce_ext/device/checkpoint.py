@@ -268,6 +268,21 @@ def _pd(objects: dict[int, Any], handle: int) -> ProtectionDomain:
     return pd
 
 
+def _check_qp_context(plain: dict[str, Any]) -> None:
+    """Raise ImageError when a field of a queue pair's context is missing or of another kind than it should be."""
+    for name, default in QpContext(0).to_plain().items():
+        where = f"queue pair {plain.get('qpn')}: context.{name}"
+        if name not in plain:
+            raise ImageError(f"{where} is missing")
+        value = plain[name]
+        if default is None or value is None:
+            number = value is None or isinstance(value, (int, float))
+            if not (number or name in ("path", "recv_wqe")):
+                raise ImageError(f"{where} is {value!r}, expected a number or null")
+        elif type(value) is not type(default) and not (type(default) is float and type(value) is int):
+            raise ImageError(f"{where} is {value!r}, expected {type(default).__name__}")
+
+
 def _restore_qp(
     adapter: Adapter,
     context: Context,
@@ -282,6 +297,7 @@ def _restore_qp(
     if send_cq.__class__ is not CompletionQueue or recv_cq.__class__ is not CompletionQueue:
         raise ImageError(f"queue pair {record.handle}: its completion queues are something else")
     capabilities = Capabilities(*record.capabilities)
+    _check_qp_context(record.context)
     qp_context = QpContext.from_plain(record.context)
     if qp_context.path is not None:
         # From here on the frames leave this host. The address moved along, unless there is another for it.

@@ -1,0 +1,172 @@
+"""The write ABI as a program sees it.
+
+Invariants: a command is answered by its own errno and response, whatever it contains; only the process that opened a
+context is obeyed; what is in use cannot be freed; what is freed is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import struct
+
+import pytest
+from uverbs_program import Program, Upper
+
+from softroce_ext.uverbs.abi import Command
+from softroce_ext.uverbs.commands_qp import HANDLERS
+
+
+def modify(handle: int, mask: int, state: int) -> bytes:
+    """struct ib_uverbs_modify_qp with a state, port 1 and P_Key index 0."""
+    values = struct.pack("<IIIIIIIHH", handle, mask, 0, 0, 0, 0, 0, 0, 0)
+    return bytes(64) + values + bytes([state, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+
+
+def test_every_command_has_its_handler() -> None:
+    """The table is complete."""
+    assert set(HANDLERS) == set(map(int, Command))
+
+
+def test_objects_in_use_are_busy(program: Program) -> None:
+    """Bottom up fails with EBUSY, top down works, and a second time there is nothing."""
+    made = program.objects()
+    pd, cq, qp = (struct.pack("<I", made[name]) for name in ("pd", "cq", "qp"))
+    program.call(Command.DEALLOC_PD, pd, error=errno.EBUSY)
+    program.call(Command.DESTROY_CQ, cq + bytes(4), 8, error=errno.EBUSY)
+    program.call(Command.DESTROY_QP, qp + bytes(4), 4)
+    program.call(Command.DESTROY_CQ, cq + bytes(4), 8)
+    program.call(Command.DEALLOC_PD, pd)
+    program.call(Command.DEALLOC_PD, pd, error=errno.EINVAL)
+    assert program.context.objects == {}
+    assert program.upper.engine.qps == {}
+
+
+def test_a_handle_of_another_kind_is_refused(program: Program) -> None:
+    """A CQ is no PD."""
+    made = program.objects()
+    program.call(Command.DEALLOC_PD, struct.pack("<I", made["cq"]), error=errno.EINVAL)
+
+
+def test_the_doorbell_needs_rts(program: Program) -> None:
+    """The byte that the bridge looks at follows the state; a refused transition changes nothing."""
+    made = program.objects()
+
+    def may_post() -> int:
+        return os.pread(program.queues, 1, 4096 + made["qp"])[0]
+
+    assert may_post() == 0
+    program.call(Command.MODIFY_QP, modify(made["qp"], 1, 3), error=errno.EINVAL)
+    assert may_post() == 0
+    program.call(Command.MODIFY_QP, modify(made["qp"], 0x39, 1))
+    assert may_post() == 0
+    program.call(Command.MODIFY_QP, modify(made["qp"], 1, 6))
+    assert may_post() == 1, "in ERR a post is taken, and flushed"
+
+
+def test_unread_events_do_not_count_as_reported(program: Program) -> None:
+    """ibv_destroy_cq waits until as many events are acknowledged as were reported: only those that were read."""
+    made = program.objects()
+    cq = program.context.objects[made["cq"]]
+    program.call(Command.DESTROY_QP, struct.pack("<II", made["qp"], 0), 4)
+    for _ in range(3):
+        program.call(Command.REQ_NOTIFY_CQ, struct.pack("<II", made["cq"], 0))
+        cq.push(1, 0, 0, 0, 0, 0, 0, 0, False)
+        cq.push(1, 0, 0, 0, 0, 0, 0, 0, False)  # not armed: no event
+    assert os.read(program.channel, 8) == struct.pack("<Q", 0xC0)
+    reported = program.call(Command.DESTROY_CQ, struct.pack("<II", made["cq"], 0), 8)
+    assert struct.unpack("<II", reported) == (1, 0)
+    with pytest.raises(BlockingIOError):
+        os.read(program.channel, 8)
+
+
+def test_solicited_notification(program: Program) -> None:
+    """Armed for solicited completions: a plain one is silent, a solicited or failed one is an event."""
+    made = program.objects()
+    cq = program.context.objects[made["cq"]]
+    program.call(Command.REQ_NOTIFY_CQ, struct.pack("<II", made["cq"], 1))
+    cq.push(1, 0, 0, 0, 0, 0, 0, 0, False)
+    with pytest.raises(BlockingIOError):
+        os.read(program.channel, 8)
+    cq.push(1, 0, 0, 0, 0, 0, 0, 0, True)
+    assert len(os.read(program.channel, 64)) == 8
+
+
+def test_only_the_opener_is_obeyed(upper: Upper, program: Program) -> None:
+    """Another process that knows the context's name changes nothing: the kernel tells who sent."""
+    child = os.fork()
+    if child == 0:
+        program._socket.sendto(
+            struct.pack("<IHHII48s", 0x4252474D, 1, 2, 1, 0, program.id.encode()) + struct.pack("<IHHQ", 3, 4, 1, 1),
+            str(upper.server.path),
+        )
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert upper.server.serve() == 1
+    assert program.context.objects == {}
+    with pytest.raises(BlockingIOError):
+        os.read(program.reply, 4)
+
+
+@pytest.mark.parametrize("name", [b"../x", b"open-/../../etc", b"queues", b"open-" + b"0" * 60, b""])
+def test_open_writes_to_nothing_but_its_own_fifos(upper: Upper, program: Program, name: bytes) -> None:
+    """Names that are not those of an answer's FIFO are ignored."""
+    before = len(upper.adapter.contexts)
+    program.send(1, name[:48], b"")
+    assert len(upper.adapter.contexts) == before
+
+
+def test_a_fifo_that_is_a_link_or_a_file_is_ignored(upper: Upper, program: Program) -> None:
+    """The directory is everybody's."""
+    before = len(upper.adapter.contexts)
+    (upper.run / "ctx" / "open-7").symlink_to("/etc/hostname")
+    (upper.run / "ctx" / "open-8").write_text("precious")
+    program.send(1, b"open-7", b"")
+    program.send(1, b"open-8", b"")
+    assert len(upper.adapter.contexts) == before
+    assert (upper.run / "ctx" / "open-8").read_text() == "precious"
+
+
+def test_noise_is_answered_and_harms_nobody(upper: Upper, program: Program) -> None:
+    """Random commands, lengths and bodies: an answer each (an errno or success), and the next program works."""
+    made = program.objects()
+    noise = random.Random(1)
+    for _ in range(1500):
+        command = int(noise.choice(list(Command))) if noise.random() < 0.9 else noise.randrange(1 << 32)
+        body = bytearray(noise.randbytes(noise.choice([0, 4, 8, 16, 24, 40, 64, 120, 200])))
+        if len(body) >= 12 and noise.random() < 0.5:
+            struct.pack_into("<I", body, noise.choice([0, 8]), noise.choice(list(made.values())))
+        if command == Command.GET_CONTEXT:
+            continue
+        head = struct.pack("<IHH", command, 0, noise.choice([0, 1, 16, 200]))
+        error, _, _ = program.raw(head + bytes(body))
+        assert error != errno.EIO, f"command {command:#x} made the NIC stumble: {body.hex()}"
+    upper.adapter.forget(program.context)
+    assert upper.adapter.keys == {} and upper.adapter.queue_pairs == {} and upper.engine.qps == {}
+    other = Program(upper, "open-9")
+    assert other.objects()["pd"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [(3, errno.EOPNOTSUPP), (4, errno.EOPNOTSUPP), (8, errno.EOPNOTSUPP), (2, 0)]
+)
+def test_kinds_of_queue_pairs(program: Program, kind: int, error: int) -> None:
+    """RC for now; UC, UD and others say so."""
+    made = program.objects()
+    qp = struct.pack("<QIIIIIIIIIBBBx", 1, made["pd"], made["cq"], made["cq"], 0, 10, 10, 2, 2, 0, 0, kind, 0)
+    program.call(Command.CREATE_QP, qp, 64, error)
+
+
+def test_a_region_must_be_mapped(program: Program) -> None:
+    """EFAULT for what is not there, EINVAL for what wraps, and a key for what is."""
+    made = program.objects()
+
+    def register(start: int, length: int, error: int = 0) -> bytes:
+        body = struct.pack("<QQQII", start, length, start, made["pd"], 1)
+        return program.call(Command.REG_MR, body, 12, error)
+
+    register(0, 4096, errno.EFAULT)
+    register((1 << 64) - 4096, 8192, errno.EINVAL)
+    _, lkey, rkey = struct.unpack("<III", register(0, 0))
+    assert lkey == rkey and lkey >> 8 in program.upper.adapter.keys
