@@ -297,11 +297,29 @@ def _repeats(summary: Summary) -> Table:
 
 
 def _statistics(summary: Summary) -> Table:
-    table = _table("field", "median>", "from>", "to>", "n>")
+    """Medians and intervals, migration by migration; starts of phases are left to summary.json."""
+    table = _table("", "median>", "from>", "to>", "n>")
+    migration = ""
     for path, found in summary.statistics.items():
-        ends = [("–" if end is None else f"{end:,.2f}") for end in (found.low, found.high)]
-        table.add_row(path, f"{found.median:,.2f}", *ends, str(found.n))
+        prefix, _, field = path.partition(".")
+        if field.startswith("phases_at_ms"):
+            continue
+        if prefix != migration and len(summary.migrations) > 1:
+            table.add_row(Text(f"{prefix}: {_which(summary, prefix)}", style="bold"))
+        migration = prefix
+        whole = not field.endswith("_ms") and not field.startswith("phases_ms")
+        numbers = [found.median, found.low, found.high]
+        shown = ["–" if number is None else f"{number:,.{0 if whole else 1}f}" for number in numbers]
+        table.add_row(field, *shown, str(found.n))
     return table
+
+
+def _which(summary: Summary, prefix: str) -> str:
+    """`server h2 → h3` for `migrations[0]`."""
+    for migration in summary.migrations:
+        if prefix == f"migrations[{migration.index}]":
+            return f"{migration.app} {migration.from_host} → {migration.to_host}"
+    return ""
 
 
 def _kept(summary: Summary) -> RenderableType:
