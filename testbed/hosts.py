@@ -356,15 +356,17 @@ class Host:
 def connect_all(
     addresses: Iterable[Address], listener: EventListener | None = None, timeout: float = 20.0
 ) -> dict[str, Host]:
-    """Connect to every host at once; all or none. Raises the first EnvironmentProblem."""
+    """Connect to every host at once; all or none. Raises EnvironmentProblem, the first host's that has one."""
     wanted = list(addresses)
-    with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, min(32, len(wanted)))) as pool:
-        futures = [pool.submit(Host.connect, address, listener, timeout) for address in wanted]
-        concurrent.futures.wait(futures)
-    hosts = [future.result() for future in futures if future.exception() is None]
-    failures = [error for future in futures if (error := future.exception()) is not None]
-    if failures:
-        for host in hosts:
-            host.close()
-        raise failures[0]
-    return {host.name: host for host in hosts}
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=max(1, min(32, len(wanted))))
+    futures = [pool.submit(Host.connect, address, listener, timeout) for address in wanted]
+    try:
+        return {host.name: host for host in [future.result() for future in futures]}
+    except BaseException:  # Ctrl-C too: whatever has connected, or does so yet, must be closed
+        pool.shutdown(cancel_futures=True)
+        for future in futures:
+            if not future.cancelled() and future.exception() is None:
+                future.result().close()
+        raise
+    finally:
+        pool.shutdown()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import os
 import secrets
 import signal
@@ -21,7 +22,7 @@ from testbed import captures, versions
 from testbed import summary as report
 from testbed.apps import Applications
 from testbed.checkpoint import criu_binary
-from testbed.errors import EnvironmentProblem, Interrupted, TestbedError
+from testbed.errors import BadInput, EnvironmentProblem, Interrupted, TestbedError
 from testbed.hosts import Address, Host, connect_all
 from testbed.migrations import Schedule
 from testbed.network import Network, fixtures
@@ -34,6 +35,8 @@ from testbed.topology.models import HEADROOM
 COUNTER_INTERVAL: Final = 0.5
 """Seconds between two readings of a NIC's counters."""
 
+_DISK_TROUBLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT)
+_BLAMES: Final = {BadInput: "input", EnvironmentProblem: "environment", Interrupted: "interrupt"}
 _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -55,7 +58,7 @@ def run(topology: ResolvedTopology, options: Options | None = None) -> report.Su
     """Run `topology` once; the summary returned is also in the results folder.
 
     What fails, interrupts (Ctrl-C, SIGTERM) or cannot be had on this machine is in its `problems`, by blame. Nothing
-    that the run has made is left in any case. Raises EnvironmentProblem only if the results folder cannot be made.
+    that the run has made is left in any case. Raises EnvironmentProblem only if the results cannot be written.
     """
     options = options or Options()
     if options.seed is not None:
@@ -66,10 +69,17 @@ def run(topology: ResolvedTopology, options: Options | None = None) -> report.Su
         raise EnvironmentProblem(
             f"no results folder can be made: {error}", hint="choose another place: --results FOLDER"
         ) from error
-    with _signals(), folder:
-        if options.listener is not None:
-            folder.subscribe(options.listener)
-        return _Run(topology, options, folder).run()
+    try:
+        with _signals(), folder:
+            if options.listener is not None:
+                folder.subscribe(options.listener)
+            return _Run(topology, options, folder).run()
+    except OSError as error:
+        if error.errno not in _DISK_TROUBLE:
+            raise
+        raise EnvironmentProblem(
+            f"the results cannot be written: {error}", where=str(folder.path), hint="the run has been taken down"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -120,7 +130,10 @@ class _Run:
             error = Interrupted()
         finally:
             with _no_interrupt(lambda: folder.event("note", text="still removing what was made; please wait")):
-                self._end(error)
+                try:
+                    self._collect(error)
+                finally:
+                    self._take_down()
         summary = self._summary(error)
         if self.topology.report.plots and summary.migrations:
             from testbed import plots  # half a second for matplotlib, when nobody waits for a program any more
@@ -227,28 +240,16 @@ class _Run:
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
-    def _end(self, error: TestbedError | None) -> None:
+    def _collect(self, error: TestbedError | None) -> None:
+        """Note what went wrong; fetch logs and last counters. What cannot be had is passed over."""
         if error is not None:
-            blame = "interrupt" if isinstance(error, Interrupted) else "environment"
-            if not isinstance(error, Interrupted | EnvironmentProblem):
-                blame = "run"
-            self.problems.append(
-                report.Problem.model_validate(
-                    {"blame": blame, "where": error.where or "run", "error": error.message, "hint": error.hint}
-                )
-            )
-        if self.session is not None and self.session.hosts:
-            self.folder.event("stage", name="collect")
-            self._collect(self.session)
-        self.folder.event("stage", name="teardown")
-        try:
-            self._stack.close()
-        except TestbedError as problem:
-            self._problem(problem.where or "teardown", problem.message, problem.hint)
-
-    def _collect(self, session: Session) -> None:
-        """Logs, last counters. Goes on after a failure: whatever can be had is worth having."""
-        self.apps = session.apps.collect()
+            blame = next((name for kind, name in _BLAMES.items() if isinstance(error, kind)), "run")
+            problem = {"blame": blame, "where": error.where or "run", "error": error.message, "hint": error.hint}
+            self.problems.append(report.Problem.model_validate(problem))
+        if self.session is None or not self.session.hosts:
+            return
+        self.folder.event("stage", name="collect")
+        self.apps = self.session.apps.collect()
 
         def collect(host: Host) -> None:
             with contextlib.suppress(TestbedError):
@@ -256,13 +257,17 @@ class _Run:
                 if log:
                     self.folder.log(f"{host.name}.nic.log").write_text(log)
             with contextlib.suppress(TestbedError):
-                self.nics[host.name] = {
-                    key: value
-                    for key, value in host.call("nic", command="counters", timeout=10)["counters"].items()
-                    if type(value) is int
-                }
+                self.nics[host.name] = host.call("nic", command="counters", timeout=10)["counters"]
 
-        _in_parallel(collect, [host for host in session.hosts.values() if host.alive])
+        _in_parallel(collect, [host for host in self.session.hosts.values() if host.alive])
+
+    def _take_down(self) -> None:
+        """Remove everything, newest first; what stayed is a problem of the run, and in its state file."""
+        try:
+            with self._stack:
+                self.folder.event("stage", name="teardown")
+        except TestbedError as problem:
+            self._problem(problem.where or "teardown", problem.message, problem.hint)
 
     def _summary(self, error: TestbedError | None) -> report.Summary:
         migrations = self.schedule.records if self.schedule is not None else []
