@@ -66,7 +66,7 @@ Subnet = Annotated[str, BeforeValidator(_subnet), WithJsonSchema({"type": "strin
 class Section(BaseModel):
     """Base of all sections: strict types, no unknown keys, read-only once parsed."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
