@@ -66,7 +66,9 @@ class Bench:
 
     def _start(self, host: str, argv: Sequence[str], rdma: bool) -> str:
         name = f"bench{next(self._numbers)}"
-        self.session.hosts[host].call("start_app", name=name, argv=list(argv), rdma=rdma)
+        # Programs that poll must leave the CPU to NIC and switch (docs/agent.md); others need not yield.
+        policy = "idle" if rdma else "other"
+        self.session.hosts[host].call("start_app", name=name, argv=list(argv), rdma=rdma, policy=policy)
         return name
 
     def _wait(self, host: str, name: str, argv: Sequence[str], timeout: float) -> str:
