@@ -286,8 +286,6 @@ def _nak(qp: QueuePair, packet: Packet, syndrome: int, now: float) -> None:
     context = qp.context
     psn = packet.psn
     if syndrome == NAK_STOPPED and qp.config.migros:
-        if migros.stale_stop(qp, packet):
-            return
         acknowledge(qp, psn, now)
         migros.pause(qp, psn, now)
         return

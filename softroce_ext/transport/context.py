@@ -167,8 +167,8 @@ class QpContext:
     # --- MigrOS ---
     peer_migros: bool = False
     """A packet of the partner announced the extension (never forgotten until RESET)."""
-    peer_mac_learnt: bool = False
-    """The path's destination MAC is the source MAC of a RESUME."""
+    partner_resumed_at: float | None = None
+    """When the partner's last RESUME came."""
     stopped: bool = False
     paused: bool = False
     pause_psn: int = 0

@@ -48,6 +48,10 @@ class EngineConfig:
     """Seconds; shorter local ACK timeouts are raised to it (rxe: its timer's granularity)."""
     pause_limit: float = 60.0
     """Seconds that a partner stays Paused without a RESUME before ordinary retransmission starts again."""
+    stale_stop_limit: float = 1.0
+    """Seconds after a RESUME during which a NAK_STOPPED may be an old one that it has overtaken."""
+    stale_stop_pause: float = 0.05
+    """Seconds that such a NAK_STOPPED pauses."""
     resume_interval: float = 0.02
     """Seconds until an unanswered RESUME is sent again; doubles up to `resume_interval_limit`."""
     resume_interval_limit: float = 1.0

@@ -72,6 +72,8 @@ def unstop(qp: QueuePair) -> None:
     context = qp.context
     context.stopped = False
     context.nak_sent = False
+    for answer in [a for a in context.answers if isinstance(a, Acknowledge) and a.syndrome == NAK_STOPPED]:
+        context.answers.remove(answer)  # it has not left, and is no longer true
     context.retry_left = context.retry_cnt
     context.rnr_left = context.rnr_retry
     context.retry_started = False
@@ -98,11 +100,11 @@ def refuse_while_stopped(qp: QueuePair) -> None:
     context = qp.context
     if not speaks(qp):
         return
-    qp.counters["sent_nak_stopped"] += 1
     flush_ack(qp)
     last = context.answers[-1] if context.answers else None
     if isinstance(last, Acknowledge) and last.syndrome == NAK_STOPPED:
         return  # one in a batch is enough
+    qp.counters["sent_nak_stopped"] += 1
     context.nak_sent = True  # what follows it need not be asked for
     context.answers.append(Acknowledge(context.expected_psn, NAK_STOPPED, context.msn))
 
@@ -166,19 +168,16 @@ def resume_answer(qp: QueuePair, packet: Packet, now: float) -> bool:
 # --- its partner ---
 
 
-def stale_stop(qp: QueuePair, packet: Packet) -> bool:
-    """Whether a NAK_STOPPED is an old one, from the place that the partner has left."""
-    context = qp.context
-    return context.peer_mac_learnt and context.path is not None and packet.source_mac != context.path.destination_mac
-
-
 def pause(qp: QueuePair, psn: int, now: float) -> None:
     """NAK_STOPPED for `psn`: become Paused. No completion, no error, no retry spent."""
     context = qp.context
     qp.counters["rcvd_nak_stopped"] += 1
     context.paused = True
     context.pause_psn = psn
-    context.pause_deadline = now + qp.config.pause_limit
+    # A NAK_STOPPED just after a RESUME may be an old one that the RESUME has overtaken: pause on it for a moment only.
+    resumed = context.partner_resumed_at
+    doubtful = resumed is not None and 0 <= now - resumed < qp.config.stale_stop_limit
+    context.pause_deadline = now + (qp.config.stale_stop_pause if doubtful else qp.config.pause_limit)
     arm(qp, context.pause_deadline)
     context.rnr_deadline = None
     go_back(qp)
@@ -193,7 +192,7 @@ def answered_while_paused(qp: QueuePair) -> None:
 
 def pause_timer(qp: QueuePair) -> None:
     """No RESUME within the limit: try ordinary retransmission, which finds out what has become of the partner."""
-    qp.counters["pause_exceeded_err"] += 1
+    qp.counters["pause_exceeded"] += 1
     _unpause(qp)
 
 
@@ -207,7 +206,7 @@ def _unpause(qp: QueuePair) -> None:
     go_back(qp)
 
 
-def receive_resume(qp: QueuePair, packet: Packet) -> None:
+def receive_resume(qp: QueuePair, packet: Packet, now: float) -> None:
     """A RESUME that `acceptable` let through: its source is where the partner lives now."""
     context = qp.context
     path = context.path
@@ -216,7 +215,7 @@ def receive_resume(qp: QueuePair, packet: Packet) -> None:
     moved = packet.source_ip != path.destination_ip or packet.source_mac != path.destination_mac
     if moved:
         context.path = path.replace(destination_ip=packet.source_ip, destination_mac=packet.source_mac)
-    context.peer_mac_learnt = True
+    context.partner_resumed_at = now
     context.peer_migros = True
     context.nak_sent = False
     flush_ack(qp)

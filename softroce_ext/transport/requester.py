@@ -24,6 +24,7 @@ from softroce_ext.wire.headers import (
     BTH_IMM,
     BTH_RETH,
     BTH_RETH_IMM,
+    MAX_MESSAGE,
     PAD_SHIFT,
     PKEY_DEFAULT,
     PSN_MASK,
@@ -33,9 +34,6 @@ from softroce_ext.wire.headers import (
 if TYPE_CHECKING:
     from softroce_ext.transport.engine import FrameSink
     from softroce_ext.transport.qp import QueuePair
-
-MAX_MESSAGE = 1 << 31
-"""Bytes (IBA 9.7.7: messages of up to 2**31 bytes)."""
 
 _RTS = int(QpState.RTS)
 _RDMA_READ = int(WrOpcode.RDMA_READ)

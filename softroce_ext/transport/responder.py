@@ -35,6 +35,7 @@ from softroce_ext.wire.headers import (
     ACK_REQ,
     AETH_RNR_NAK,
     ATOMIC_ETH,
+    MAX_MESSAGE,
     NAK_PSN_SEQUENCE,
     PSN_HALF,
     PSN_MASK,
@@ -75,7 +76,7 @@ def receive_request(qp: QueuePair, packet: Packet, flags: int, now: float) -> No
     context = qp.context
     psn = packet.psn
     if flags & _RESUME:
-        migros.receive_resume(qp, packet)
+        migros.receive_resume(qp, packet, now)
         return
     if psn != context.expected_psn:
         if (psn - context.expected_psn & PSN_MASK) < PSN_HALF:
@@ -296,7 +297,7 @@ def _read(qp: QueuePair, packet: Packet) -> int:
     if context.message or not context.qp_access_flags & _REMOTE_READ or context.max_dest_rd_atomic == 0:
         raise invalid_request()
     address, rkey, length = RETH.unpack_from(packet.raw, packet.headers_at)
-    if length > 1 << 31:
+    if length > MAX_MESSAGE:
         raise invalid_request()
     if length:
         try:

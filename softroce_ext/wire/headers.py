@@ -8,6 +8,9 @@ PSN_MASK = 0xFFFFFF
 PSN_HALF = 0x800000
 """`(a - b) & PSN_MASK < PSN_HALF` means: PSN a is b or after b (IBA 9.7.2, 24-bit circular)."""
 
+MAX_MESSAGE = 1 << 30
+"""Bytes. The IBA allows twice that (9.7.7), but at an MTU of 256 it would take half of all PSNs."""
+
 # BTH in three words: opcode, flags, P_Key | reserved/FECN/BECN, destination QPN | AckReq byte, PSN.
 # Flags byte: solicited event 0x80, MigReq 0x40, pad count 0x30, transport version 0x0f.
 BTH = Struct(">III")

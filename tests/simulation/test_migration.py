@@ -7,17 +7,34 @@ at another host, rerouted, resumed) and then lets the traffic end; the runs are 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 
 import pytest
 from traffic import MEMORY, Direction, Op
-from world import BASE, End, Host, Link, World, connect, end, ip, migrate, restore
+from world import (
+    ALL_ACCESS,
+    BASE,
+    ByteSink,
+    End,
+    Host,
+    Link,
+    World,
+    connect,
+    end,
+    ip,
+    migrate,
+    path_between,
+    restore,
+    to_rts,
+)
 
+from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import parse
-from softroce_ext.wire.headers import MIGROS_CAPABLE, NAK_STOPPED
+from softroce_ext.wire.headers import BTH_AETH, MIGROS_CAPABLE, NAK_STOPPED
 
 FORTH = [
     Op(WrOpcode.SEND, 700),
@@ -346,12 +363,77 @@ def test_resume_gives_up() -> None:
     assert (scene.b.context.qpn, QpEvent.QP_FATAL) in scene.b.events.seen
 
 
+def one_sided(scene_link: Link | None = None) -> tuple[World, End, End, Host]:
+    """As perftest's servers do: `b` stays in RTR and only answers. Host 3 is free."""
+    hosts = [Host(1), Host(2), Host(3)]
+    a, b = end(hosts[0], 17, MEMORY), end(hosts[1], 65553, MEMORY)
+    to_rts(a, path_between(a, b), 65553, sq_psn=0xFFFFF0, path_mtu=256)
+    b.qp.modify({"qp_state": 1, "pkey_index": 0, "port_num": 1, "qp_access_flags": ALL_ACCESS})
+    b.qp.modify(
+        {
+            "qp_state": 2, "path": path_between(b, a), "path_mtu": 256, "destination_qpn": 17, "rq_psn": 0xFFFFF0,
+            "max_dest_rd_atomic": 16, "min_rnr_timer": 12,
+        }
+    )  # fmt: skip
+    return World(*hosts, link=scene_link or Link(spacing=1e-6)), a, b, hosts[2]
+
+
+@pytest.mark.parametrize("keep_address", [True, False])
+@pytest.mark.parametrize("step", range(1, 100, 6))
+@pytest.mark.parametrize("lost", [0, 2])
+def test_an_end_in_rtr_moves(step: int, keep_address: bool, lost: int) -> None:
+    """It has no PSN of its own: its RESUME says what it expects, and is repeated and acknowledged like any other."""
+    world, a, b, free = one_sided()
+    direction = Direction(a, b, FORTH, 1)
+    left = lost
+
+    def drop(frame: bytes) -> bool:
+        nonlocal left
+        hit = bool(left) and is_resume(frame)
+        left -= hit
+        return hit
+
+    world.link.drop = drop
+    for _ in range(step):
+        world.step()
+    b.qp.stop()
+    for _ in range(step % 5):
+        world.step()
+    migrate(world, b, free, keep_address=keep_address or not b.context.peer_migros)
+    world.run(direction.done, limit=10)
+    world.settle(3)
+    direction.check_end()
+    assert not b.context.resume_pending and not a.context.paused
+    assert b.context.state == QpState.RTR
+
+
+def test_the_partner_of_an_end_in_rtr_moves() -> None:
+    world, a, b, free = one_sided()
+    direction = Direction(a, b, FORTH, 1)
+    world.run(lambda: a.context.peer_migros)
+    a.qp.stop()
+    migrate(world, a, free, keep_address=False)
+    world.run(direction.done, limit=10)
+    direction.check_end()
+
+
+def test_a_resume_of_a_receiver_out_of_what_was_sent_is_refused() -> None:
+    world, a, b, _ = one_sided()
+    direction = Direction(a, b, FORTH[:2], 1)
+    world.run(direction.done)
+    for psn in (a.context.una_psn + 1, a.context.una_psn - 1):
+        path = b.context.path
+        assert path is not None
+        sink = ByteSink()
+        headers = BTH_AETH.pack(0x1900FFFF, 17, 0xD0 << 24 | psn & 0xFFFFFF, 0)
+        sink.add(path.replace(source_ip=ip(9)), headers, b"", 0)
+        world.send(sink.frames)
+    world.settle(0.01)
+    assert world.hosts[0].engine.counters["refused_resume"] == 2
+
+
 def forged_resume(scene: Scene, psn: int, source: int = 4, capable: bool = True) -> bytes:
     """A RESUME to `a` from host `source`, as anyone on the wire could send it."""
-    from world import ByteSink
-
-    from softroce_ext.wire.headers import BTH_AETH
-
     assert scene.a.context.path is not None
     path = scene.b.context.path
     assert path is not None
@@ -393,6 +475,37 @@ def test_what_the_guard_does_not_cover() -> None:
     assert scene.a.context.path is not None and scene.a.context.path.destination_ip == ip(4)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_chaos(seed: int) -> None:
+    """Moves, rollbacks, both ends at once, again and again, at random moments, over a bad link."""
+    randomness = random.Random(seed)
+    rate = randomness.choice([0.0, 0.0, 0.05, 0.15])
+    scene = Scene(Link(seed, rate, rate, rate, rate / 3, spacing=randomness.choice([0.0, 1e-6, 1e-4])))
+    scene.hosts += [Host(5), Host(6)]
+    scene.world.hosts = scene.hosts
+    for _ in range(randomness.randrange(2, 9)):
+        scene.step(randomness.randrange(25))
+        here = randomness.choice([scene.a, scene.b])
+        there = scene.b if here is scene.a else scene.a
+        if not here.context.stopped:
+            here.qp.stop()
+        elif randomness.random() < 0.3:
+            here.qp.resume()
+        else:
+            # A new address only while the partner can hear of it: it is not being moved, and neither was this end
+            # before the partner heard.
+            free = not there.context.stopped and not here.context.resume_pending and not there.context.resume_pending
+            keep = not (free and here.context.peer_migros and randomness.random() < 0.5)
+            place = next(host for host in scene.hosts if not host.engine.qps)
+            migrate(scene.world, here, place, keep_address=keep, restore_delay=randomness.choice([0, 1e-4, 0.1]))
+            if not keep:
+                scene.world.run(lambda here=here: not here.context.resume_pending)  # type: ignore[misc]
+    for here in (scene.a, scene.b):
+        if here.context.stopped:
+            here.qp.resume()
+    scene.finish(limit=30.0)
+
+
 def test_a_stale_nak_stopped_from_the_old_place_is_ignored() -> None:
     """It was reordered behind the RESUME: pausing on it would wait for a RESUME that has come already."""
     scene = Scene()
@@ -409,7 +522,6 @@ def test_a_stale_nak_stopped_from_the_old_place_is_ignored() -> None:
 def test_dump_is_complete_and_pure() -> None:
     """to_plain is JSON, from_plain its inverse, at every step of the traffic; dumping changes nothing."""
     scene = Scene(Link(5, 0.1, 0.1, 0.1))
-    from softroce_ext.transport.context import QpContext
 
     def check(here: End) -> None:
         plain = here.context.to_plain()

@@ -1,0 +1,115 @@
+"""Invariant: each timer acts at its time, not before; counts are spent as ibv_modify_qp set them; 7 is without end."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from world import BASE, Host, Link, World, connect, end
+
+from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
+from softroce_ext.wire.headers import RNR_TIMER
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds"), [(1, 0.008), (10, 0.008), (12, 0.016777216), (14, 0.067108864), (20, 4.294967296)]
+)
+def test_local_ack_timeout(code: int, seconds: float) -> None:
+    """4.096 us * 2**code, at least the granularity; after retry_cnt repetitions the request fails."""
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=code, retry_cnt=2)
+    world = World(here.host, there.host, link=Link(loss=1.0))
+    here.post(WrOpcode.SEND, 1, BASE, 8)
+    start = world.now
+    world.run(lambda: bool(here.scq.entries))
+    times = [when - start for when, _ in world.trace]
+    assert times == pytest.approx([0, seconds, 2 * seconds], abs=1e-6)
+    assert world.now - start == pytest.approx(3 * seconds, abs=1e-6)
+    assert here.scq.entries[0].status == WcStatus.RETRY_EXC_ERR
+    assert here.context.state == QpState.ERR
+
+
+def test_timeout_0_waits_for_ever_and_retry_7_never_ends() -> None:
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=0)
+    world = World(here.host, there.host, link=Link(loss=1.0))
+    here.post(WrOpcode.SEND, 1, BASE, 8)
+    world.settle(10000)
+    assert len(world.trace) == 1
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=14, retry_cnt=7)
+    world = World(here.host, there.host, link=Link(loss=1.0))
+    here.post(WrOpcode.SEND, 1, BASE, 8)
+    world.settle(100)
+    assert len(world.trace) > 1000 and not here.scq.entries
+
+
+@pytest.mark.parametrize("code", [1, 12, 24, 31, 0])
+def test_rnr_wait(code: int) -> None:
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, min_rnr_timer=code, rnr_retry=2)
+    world = World(here.host, there.host)
+    here.post(WrOpcode.SEND, 1, BASE, 8)
+    here.post(WrOpcode.RDMA_WRITE, 2, BASE, 8)
+    world.run(lambda: bool(here.scq.entries))
+    sends = [when for when, frame in world.trace if frame[42] == 0x04]
+    assert len(sends) == 3
+    for before, after in pairwise(sends):
+        assert RNR_TIMER[code] / 1000 <= after - before < RNR_TIMER[code] / 1000 + 1e-3
+    assert [wc.status for wc in here.scq.entries] == [WcStatus.RNR_RETRY_EXC_ERR, WcStatus.WR_FLUSH_ERR]
+    assert there.context.state == QpState.RTS
+
+
+def test_retries_are_fresh_after_progress() -> None:
+    """Every packet is lost twice; two retries are enough for any number of messages."""
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=12, retry_cnt=2)
+    seen: dict[bytes, int] = {}
+
+    def drop(frame: bytes) -> bool:
+        key = frame[42:54]
+        seen[key] = seen.get(key, 0) + 1
+        return frame[42] != 0x11 and seen[key] <= 2
+
+    world = World(here.host, there.host, link=Link(drop=drop))
+    for number in range(5):
+        there.receive(number, BASE, 8)
+        here.post(WrOpcode.SEND, number, BASE, 8)
+        world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
+    assert [wc.status for wc in here.scq.entries] == [WcStatus.SUCCESS] * 5
+
+
+def test_gap_statistics() -> None:
+    """The longest time between two completions, of either queue, and when it ended."""
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there)
+    world = World(here.host, there.host)
+    ends = []
+    for pause in (0.1, 3.0, 0.5):
+        here.post(WrOpcode.RDMA_WRITE, 1, BASE, 8)
+        world.settle(pause)
+        ends.append(here.context.gap_last)
+    assert here.context.gap_longest == pytest.approx(3.0)
+    assert here.context.gap_longest_end == ends[2]
+    here.context.reset_gaps()
+    assert here.context.gap_last is None and here.context.gap_longest == 0.0 and here.context.gap_longest_end is None
+
+
+def test_next_timer_is_never_late() -> None:
+    """Whoever sleeps until `next_timer` misses nothing: in a run with losses every deadline was announced."""
+    here, there = end(Host(1), 17, 1 << 17), end(Host(2), 18, 1 << 17)
+    connect(here, there, timeout=12)
+    world = World(here.host, there.host, link=Link(7, loss=0.3))
+
+    def check() -> None:
+        for one in (here, there):
+            deadlines = [d for d in (one.context.ack_deadline, one.context.rnr_deadline) if d is not None]
+            if deadlines:
+                announced = one.host.engine.next_timer()
+                assert announced is not None and announced <= min(deadlines)
+
+    world.after_step = check
+    for number in range(20):
+        here.post(WrOpcode.RDMA_WRITE, number, BASE, 3000)
+        here.post(WrOpcode.RDMA_READ, number, BASE + 65536, 3000)
+    world.run(lambda: len(here.scq.entries) == 40)
