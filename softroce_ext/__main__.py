@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         "--impair", type=_impairment, default=ImpairmentSpec(), metavar="NAME=VALUE,…",
         help="loss, duplicate, reorder, corrupt (probabilities), delay (seconds) of the frames sent",
     )  # fmt: skip
-    p.add_argument("--spin", type=float, default=50.0, metavar="MICROSECONDS", help="stay awake this long after work")
+    p.add_argument("--spin", type=float, default=0.0, metavar="MICROSECONDS", help="stay awake this long after work")
     p.add_argument("--priority", choices=("realtime", "high", "normal"), default="high")
     p.add_argument("--trace", metavar="FILE", help="write one line for each command of a program")
     p.add_argument("--profile", metavar="FILE", help="write a cProfile of the loop at the end")

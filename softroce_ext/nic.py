@@ -55,8 +55,9 @@ class NicConfig:
     snaplen: int = 65535
     seed: int = 0
     impairment: ImpairmentSpec = field(default_factory=ImpairmentSpec)
-    spin: float = 50e-6
-    """Seconds without work before the loop goes to sleep."""
+    spin: float = 0.0
+    """Seconds without work before the loop goes to sleep. Spinning takes the processor from programs that poll; it pays
+    only where there are more processors than busy processes."""
     trace: str | None = None
 
 
