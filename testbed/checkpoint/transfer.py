@@ -202,11 +202,17 @@ class Receiver:
             with contextlib.suppress(OSError):  # it may have ended by itself
                 self._connection.shutdown(socket.SHUT_RDWR)
 
-    def receive(self, folders: dict[str, Path], keep: Iterable[str] = (), timeout: float = 600.0) -> Received:
+    def receive(
+        self,
+        folders: dict[str, Path],
+        keep: Iterable[str] = (),
+        timeout: float = 600.0,
+        begun: Callable[[], None] = lambda: None,
+    ) -> Received:
         """Wait for the sender and store what it sends. Raises TransferFailed, after telling the sender why.
 
         `folders`: first part of a name → existing folder; a name elsewhere is refused. `keep`: names that are returned
-        instead of stored.
+        instead of stored. `begun` is called when the first of it comes.
         """
         try:
             connection, stream = self._accept(timeout)
@@ -216,6 +222,7 @@ class Receiver:
                 head = stream.line()
                 connection.settimeout(STALL_SECONDS)
                 received = Received(began=time.monotonic())
+                begun()
                 try:
                     for _ in range(int(head["entries"])):
                         _store(stream, folders, frozenset(keep), received)

@@ -127,6 +127,7 @@ class Move:
             app=move.app,
             argv=about["argv"],
             env=about["env"],
+            policy=about["policy"],
             listen=self._session.topology.hosts[move.to].node_ip,
         )
         if self._keep:

@@ -46,7 +46,13 @@ def prepare(lab: Lab, app: str, source: str, target: str) -> tuple[str, dict[str
     name = f"{app}-{source}{target}-{time.monotonic():.3f}"
     about = lab.hosts[source].call("migrate_begin", app=app)
     offer = lab.hosts[target].call(
-        "migrate_prepare", migration=name, app=app, argv=about["argv"], env=about["env"], listen=NODES[target]
+        "migrate_prepare",
+        migration=name,
+        app=app,
+        argv=about["argv"],
+        env=about["env"],
+        policy=about["policy"],
+        listen=NODES[target],
     )
     return name, offer
 

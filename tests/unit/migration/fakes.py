@@ -84,7 +84,7 @@ class FakeHost:
     # -- the source
 
     def migrate_begin(self, app: str) -> dict[str, Any]:
-        return self.world.step("begin", lambda: {"argv": ["x"], "env": {}, "pids": [1]})
+        return self.world.step("begin", lambda: {"argv": ["x"], "env": {}, "pids": [1], "policy": 0})
 
     def migrate_send(self, migration: str, **_: Any) -> dict[str, Any]:
         world = self.world
