@@ -1,8 +1,8 @@
 """CPU time of the protocol core per packet, without kernel, program or network: two engines, frames in memory.
 
-`python benchmarks/core.py [--json] [--rounds N]` prints microseconds of CPU per packet at the requester and at the
 `python benchmarks/core.py [--json] [--rounds N]` prints microseconds of CPU per packet at requester and responder, for
-1 MiB messages at MTU 4096 and for small ones. The ICRC and one copy of the payload at each end are in it;
+1 MiB messages at MTU 4096 and for small ones. The ICRC and one copy of the payload at each end are in it; system calls
+are not. Each number is the best of N rounds: what disturbs a round only makes it slower.
 """
 
 from __future__ import annotations
