@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import captures
 import pytest
-from captures import SIDE_A, SIDE_B, Captured
+import rxe_captures as captures
+from rxe_captures import SIDE_A, SIDE_B, Captured
 from world import BASE, ByteSink, End, Host, Link, Region, end, to_rts
 
 from softroce_ext.transport.engine import EngineConfig

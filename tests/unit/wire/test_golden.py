@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zlib
 
-import captures
 import pytest
+import rxe_captures as captures
 
 from softroce_ext.wire import icrc, opcodes
 from softroce_ext.wire.frame import MAX_FRAME, Path, build, parse, udp_source_port

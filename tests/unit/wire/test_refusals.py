@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import captures
 import pytest
+import rxe_captures as captures
 from hypothesis import given
 from hypothesis import strategies as st
 
