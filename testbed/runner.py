@@ -116,6 +116,7 @@ class _Run:
         self.environment = report.Environment()
         self.nics: dict[str, dict[str, int]] = {}
         self.apps: list[report.App] = []
+        self._failure: Exception | None = None
         self._stack = contextlib.ExitStack()
 
     def run(self) -> report.Summary:
@@ -171,7 +172,9 @@ class _Run:
         self.folder.event("stage", name="running")
         if self.options.meanwhile is not None:
             self.options.meanwhile(session)
-        session.apps.wait()
+        session.apps.wait(until=lambda: self._failure is not None)
+        if self._failure is not None:
+            raise self._failure
         self.schedule.finish()
 
     def _connect(self, session: Session) -> None:
@@ -179,7 +182,10 @@ class _Run:
         session.apps = Applications(self.topology, session.hosts, self.folder)
 
         def on_event(host: str, event: Any) -> None:
-            self._on_event(session, host, event)
+            try:
+                self._on_event(session, host, event)
+            except Exception as error:  # a full disk, or a defect: the main thread's to raise, the reader must go on
+                self._failure = self._failure or error
 
         addresses = [Address.of_virtual(host, session.state.run_id) for host in session.network.hosts.values()]
         session.hosts.update(connect_all(addresses, on_event))

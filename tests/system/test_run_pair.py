@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -36,7 +38,7 @@ apps:
 
 
 def test_pair_ends_well_and_is_reported(tmp_path: Path) -> None:
-    run = Run(tmp_path, shipped("pair").replace("-n 20000", "-n 500"))
+    run = Run(tmp_path, re.sub(r"-n \d+", "-n 500", shipped("pair")))
     run.wait_for(lambda e: e["event"] == "stage" and e["name"] == "running")
     made = run.made()
     assert run.finish() == Exit.OK, run.stderr
@@ -148,3 +150,17 @@ def test_killed_run_is_cleaned_and_nothing_else(tmp_path: Path) -> None:
         survivor.process.send_signal(signal.SIGINT)
         survivor.finish(60)
     assert alive.left() == []
+
+
+def test_full_disk_is_the_environments_fault_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28k", "tmpfs", tmp_path / "r"], check=True)
+    try:
+        run = Run(tmp_path, WAITING)
+        run.wait_for(lambda e: e["event"] == "stage" and e["name"] == "network")
+        made = run.made()
+        assert run.finish() == Exit.ENVIRONMENT
+        assert "the results cannot be written" in run.stderr and "Traceback" not in run.stderr
+        assert made.left() == []
+    finally:
+        subprocess.run(["umount", tmp_path / "r"], check=True)
