@@ -174,8 +174,8 @@ def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str,
                 with collect(problems):
                     answer = nic.command("resume", request, NIC_SECONDS)
         with phase(agent, migration, "thaw"), collect(problems):
-            tree.change_policy(init, os.SCHED_OTHER, move.policy)
             restore.release()
+            tree.change_policy(init, os.SCHED_OTHER, move.policy)
         shutil.rmtree(move.folder, ignore_errors=True)
     return {"init": init, "resume": answer, "problem": "; ".join(problems) or None}
 

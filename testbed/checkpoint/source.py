@@ -95,6 +95,9 @@ def _send(agent: Agent, move: Outgoing, criu: list[str], connect: Callable[[], S
     images = move.folder / "images"
     dump = move.dump = Dump(criu, move.app.init, images, move.folder / "work")
     with phase(agent, name, "freeze", dump.wait_freezing()):
+        # Also what is to stop must first be given a processor.
+        move.policy = os.sched_getscheduler(move.app.init)
+        tree.change_policy(move.app.init, move.policy, os.SCHED_OTHER)
         dump.wait_frozen()
     with phase(agent, name, "stop"):
         nic = running_nic(agent) if agent.nic is not None else None
@@ -103,8 +106,6 @@ def _send(agent: Agent, move: Outgoing, criu: list[str], connect: Callable[[], S
             held = nic.command("hold", {"pids": pids}, NIC_SECONDS)["contexts"]
             move.contexts = [str(context["id"]) for context in held]
             move.held = True
-        move.policy = os.sched_getscheduler(move.app.init)
-        tree.change_policy(move.app.init, move.policy, os.SCHED_OTHER)
     began = time.monotonic()
     agent.event("migration_phase", migration=name, phase="dump_process", began=began)
     dump.copy()
