@@ -7,9 +7,7 @@ Nothing here sleeps or does input or output. A `Link` may lose, reorder, duplica
 from __future__ import annotations
 
 import heapq
-import json
 import random
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -409,34 +407,3 @@ class World:
         while self.step(end_at):
             pass
         self.now = end_at
-
-
-def migrate(world: World, old: End, host: Host, *, keep_address: bool = True, restore_delay: float = 0.01) -> End:
-    """The whole move of a stopped queue pair: dump through JSON, forget at the source, restore and resume elsewhere.
-
-    `old` is changed in place: it is the same application, with its queue pair at another host.
-    """
-    assert old.context.stopped
-    plain = json.loads(json.dumps(old.context.to_plain()))
-    old.host.engine.remove_qp(old.context.qpn)
-    world.settle(restore_delay)
-    return restore(world, old, plain, host, keep_address=keep_address)
-
-
-def restore(world: World, old: End, plain: dict[str, Any], host: Host, *, keep_address: bool = True) -> End:
-    """Restore a dumped queue pair on `host` with the application's memory and queues, reroute, and resume it."""
-    context = QpContext.from_plain(plain)
-    assert context.path is not None
-    # A new address is nobody's: the host's own may still be in use by another queue pair that took it along.
-    address = context.path.source_ip if keep_address else ip(100 + len(world.location))
-    path = context.path.replace(source_mac=mac(host.number), source_ip=address)
-    # The application's memory and queues move with its process: the same objects serve.
-    qp = QueuePair(context, old.sq, old.rq, old.scq, old.rcq, old.pd, path, old.events)
-    host.engine.add_qp(qp)
-    world.location[address] = host
-    qp.resume()
-    old.qp, old.host = qp, host
-    return old
-
-
-Frames = deque[bytes]
