@@ -1,4 +1,4 @@
-"""Two hosts with a connection and checked traffic, hosts to go to, and the move itself: shared by tests of migration."""
+"""A connection with checked traffic, hosts to go to, and the move itself: shared by the tests of migration."""
 
 from __future__ import annotations
 
