@@ -36,8 +36,11 @@ class Application:
     signal: int | None = None
     longest_gap: float | None = None
     """Longest time between two completions, seconds; None if it had none."""
+    lost_nic: float | None = None
+    """time.monotonic() when the NIC that it uses ended; it may poll for ever."""
     problems: list[summary.Problem] = field(default_factory=list)
-    timed_out: bool = False
+    killed: str | None = None
+    """Why the testbed has ended it; None if it has not."""
 
     @property
     def running(self) -> bool:
@@ -47,12 +50,12 @@ class Application:
     @property
     def as_expected(self) -> bool:
         """Ended with the exit code that the topology expects."""
-        return self.ended is not None and self.code == self.spec.expect and not self.timed_out
+        return self.ended is not None and self.code == self.spec.expect and self.killed is None
 
     def end_in_words(self) -> str:
         """`ended with code 1`, `was ended by signal 9`, `runs`."""
-        if self.timed_out:
-            return f"did not end within {self.spec.timeout:g} s"
+        if self.killed is not None:
+            return self.killed
         if self.ended is None:
             return "runs" if self.started is not None else "was not started"
         return f"ended with code {self.code}" if self.code is not None else f"was ended by signal {self.signal}"
@@ -144,6 +147,11 @@ class Applications:
             with self._changed:
                 self.all[str(event["app"])].longest_gap = event.get("longest_gap")
             self._ended(host, str(event["app"]), event.get("code"), event.get("signal"), float(event["t"]))
+        elif event["event"] == "nic_ended":
+            with self._changed:
+                for name in event["apps"]:
+                    if name in self.all and self.all[name].host == host:
+                        self.all[name].lost_nic = float(event["t"])
         elif event["event"] == "agent_gone" and event["reason"] != "closed":
             with self._changed:
                 lost = [name for name, app in self.all.items() if app.host == host and app.running]
@@ -185,19 +193,22 @@ class Applications:
     def _overdue(self, now: float) -> list[tuple[Application, str]]:
         due = []
         for app in self.all.values():
-            if not app.running or app.started is None or app.timed_out:
+            if not app.running or app.started is None or app.killed is not None:
                 continue
             if now - app.started > app.spec.timeout:
                 due.append((app, f"did not end within its timeout of {app.spec.timeout:g} s"))
                 continue
+            if app.lost_nic is not None and now - app.lost_nic > FAILURE_GRACE:
+                due.append((app, f"was ended by the testbed: the NIC of {app.host} has ended"))
+                continue
             for other in self._partners(app):
                 if other.ended is not None and not other.as_expected and now - other.ended > FAILURE_GRACE:
-                    due.append((app, f"ended by the testbed: its partner {other.spec.name} {other.end_in_words()}"))
+                    due.append((app, f"was ended by the testbed: its partner {other.spec.name} {other.end_in_words()}"))
                     break
         return due
 
     def _kill(self, app: Application, why: str) -> None:
-        app.timed_out = True
+        app.killed = why
         app.problems.append(summary.Problem(where=f"apps.{app.spec.name}", error=why))
         self._folder.event("problem", where=f"apps.{app.spec.name}", error=why)
         try:
@@ -236,7 +247,7 @@ class Applications:
         wrong = output.wrong_data(list(app.spec.argv), texts["stdout"]) if app.spec.check == "data" else None
         if wrong is not None:
             app.problems.append(summary.Problem(where=f"apps.{name}", error=f"its data check failed: {wrong}"))
-        if app.ended is not None and not app.as_expected and not app.timed_out:
+        if app.ended is not None and not app.as_expected and app.killed is None:
             last = [line for line in texts["stderr"].splitlines() + texts["stdout"].splitlines() if line.strip()]
             expected = f" instead of {app.spec.expect}" if app.code is not None and app.spec.expect else ""
             app.problems.append(

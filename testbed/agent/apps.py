@@ -36,6 +36,8 @@ class App:
     """The process outside the namespace; None for one that came by migration."""
     ended: dict[str, Any] | None = None
     """How it ended: {"code": N} or {"signal": N}, and `at`, UNIX seconds; None while it runs."""
+    uses_nic: bool = False
+    """The NIC was seen to have a context of it."""
     longest_gap: float | None = None
     """Longest time between two completions, seconds, as far as the NIC was asked (`poll_nic`)."""
 

@@ -105,7 +105,8 @@ def start_nic(
     def nic_ended() -> None:
         code = process.wait()
         if not nic.expected_end:
-            agent.event("nic_ended", code=code, log=log_tail(log))
+            users = [app.name for app in list(agent.apps.values()) if app.uses_nic and app.ended is None]
+            agent.event("nic_ended", code=code, log=log_tail(log), apps=users)
 
     agent.watch.watch(process.pid, nic_ended)
     return {"pid": process.pid, "seconds": time.monotonic() - started}
@@ -176,8 +177,8 @@ def poll_nic(agent: Agent, *, interval: float) -> None:
 
 def note_gaps(agent: Agent, contexts: list[dict[str, Any]]) -> None:
     """Take over the longest gap (seconds) of each context into the application that it belongs to."""
-    known = {context["pid"]: context["longest"] for context in contexts if context["longest"] is not None}
+    known = {context["pid"]: context["longest"] or 0.0 for context in contexts}
     for app in list(agent.apps.values()) if known else ():
-        if app.ended is None:
-            gaps = [known[pid] for pid in namespace_members(app.init) if pid in known]
-            app.longest_gap = max([*gaps, app.longest_gap or 0.0]) if gaps else app.longest_gap
+        if app.ended is None and (gaps := [known[pid] for pid in namespace_members(app.init) if pid in known]):
+            app.uses_nic = True
+            app.longest_gap = max(*gaps, app.longest_gap or 0.0) or None

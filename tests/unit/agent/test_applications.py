@@ -160,6 +160,19 @@ def test_partners_of_a_failed_program_are_ended_and_nobody_else(world: Any, monk
     assert "its partner a ended with code 1" in w.apps.all["b"].problems[0].error
 
 
+def test_programs_whose_nic_has_ended_are_ended_and_then_their_partners(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FAILURE_GRACE", 0.05)
+    w = world("{a: {host: h1, command: x}, b: {host: h2, command: x, after: a}, other: {host: h1, command: x}}")
+    w.apps.start_all()
+    w.apps.on_event("h1", {"event": "nic_ended", "apps": ["a"], "t": time.monotonic()})
+    deadline = time.monotonic() + 10
+    w.apps.wait(until=lambda: not w.apps.all["b"].running or time.monotonic() > deadline, poll=0.01)
+    assert w.journal[-2:] == ["kill a", "kill b"] and w.apps.all["other"].running
+    assert "the NIC of h1 has ended" in w.apps.all["a"].problems[0].error
+
+
 def test_good_end_of_a_partner_ends_nobody(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FAILURE_GRACE", 0.0)
     w = world("{a: {host: h1, command: x}, b: {host: h2, command: x, after: a}}")
