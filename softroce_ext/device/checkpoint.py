@@ -235,6 +235,7 @@ def _fill(
         enter(cq_record.handle, cq)
         if target is not None:
             target.users += 1
+        cq.share(*channel.arm_bytes())
         cq.notify, cq.overflowed = cq_record.notify, cq_record.overflowed
         cq.comp_events, cq.async_events = cq_record.comp_events, cq_record.async_events
     for s in record.srqs:

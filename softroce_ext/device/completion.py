@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
+from softroce_ext.device.barrier import full_barrier
 from softroce_ext.device.regions import ProtectionDomain
 from softroce_ext.device.shared import CompletionRing, EventFifo, ReceiveRing
 from softroce_ext.transport.interfaces import RecvWqe
@@ -31,18 +33,21 @@ class CompletionChannel:
 
 
 NOTIFY_NONE, NOTIFY_NEXT, NOTIFY_SOLICITED = 0, 1, 2
+ARM_EXISTS = 0x80
+"""Set in the shared byte of a completion queue that there is; below it one of NOTIFY_*."""
 
 
 class CompletionQueue:
     """A CQ (transport.interfaces.CompletionQueue): completions go to the ring, events to the channel."""
 
     __slots__ = (
+        "_arm_at",
+        "_arms",
         "async_events",
         "async_fifo",
         "channel",
         "comp_events",
         "handle",
-        "notify",
         "overflowed",
         "ring",
         "user_handle",
@@ -58,7 +63,10 @@ class CompletionQueue:
         self.async_fifo = async_fifo
         self.handle = 0
         self.users = 0
-        self.notify = NOTIFY_NONE
+        # The program arms by a store into shared memory (the bridge does it), so that asking for an event costs no
+        # command; this byte is a stand-in until `share` is called.
+        self._arms: Any = bytearray(1)
+        self._arm_at = 0
         self.comp_events = 0
         self.async_events = 0
         self.overflowed = False
@@ -82,11 +90,33 @@ class CompletionQueue:
                 if self.async_fifo.post(ASYNC_EVENT.pack(self.user_handle, CQ_ERR, 0)):
                     self.async_events += 1
             return
-        notify = self.notify
-        if notify and (notify == NOTIFY_NEXT or solicited or status):
-            self.notify = NOTIFY_NONE
-            if self.channel is not None and self.channel.fifo.post(COMP_EVENT.pack(self.user_handle)):
-                self.comp_events += 1
+        channel = self.channel
+        if channel is not None:
+            full_barrier()  # the completion must be visible before we see whether an event was asked for
+            notify = self._arms[self._arm_at] & 3
+            if notify and (notify == NOTIFY_NEXT or solicited or status):
+                self._arms[self._arm_at] = ARM_EXISTS
+                if channel.fifo.post(COMP_EVENT.pack(self.user_handle)):
+                    self.comp_events += 1
+
+    def share(self, arms: Any, start: int) -> None:
+        """Use the program's byte for this queue: `arms[start + handle]`. The handle must be known."""
+        state = self.notify
+        self._arms, self._arm_at = arms, start + self.handle
+        arms[self._arm_at] = ARM_EXISTS | state
+
+    def unshare(self) -> None:
+        """The queue goes: its byte says so to the program."""
+        self._arms[self._arm_at] = 0
+
+    @property
+    def notify(self) -> int:
+        """What event was asked for: one of NOTIFY_*."""
+        return int(self._arms[self._arm_at] & 3)
+
+    @notify.setter
+    def notify(self, state: int) -> None:
+        self._arms[self._arm_at] = self._arms[self._arm_at] & ARM_EXISTS | state
 
     def arm(self, solicited_only: bool) -> None:
         """Ask for one event: at the next completion, or the next solicited or failed one. The stronger wish stays."""

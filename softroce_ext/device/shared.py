@@ -104,5 +104,7 @@ class Channel(Protocol):
     def may_post(self, handle: int, allowed: bool) -> None:
         """Whether a doorbell for QP `handle` is accepted at the call."""
 
-    def async_fifo(self) -> EventFifo: ...
+    def arm_bytes(self) -> tuple[Any, int]:
+        """A buffer and where in it the bytes begin, one for each CQ handle, by which the program asks for events."""
+
     def close(self) -> None: ...

@@ -3,7 +3,8 @@
  * It redirects /dev/infiniband and /sys/class/infiniband* to the NIC's run directory, and carries what a program
  * writes to the device's descriptor to the NIC process. It knows of the uverbs ABI (kernel header
  * rdma/ib_user_verbs.h) only: where a command's header keeps its lengths and the response pointer; that POST_SEND
- * with no work request is a doorbell; that the first response word of two commands is a descriptor to be opened here.
+ * with no work request is a doorbell; that REQ_NOTIFY_CQ is a byte in shared memory; and that the first response word
+ * of two commands is a descriptor to be opened here.
  *
  * The channel is made of things that a checkpoint can carry, all found by path and none connected:
  *   the descriptor the program holds   ctx/<id>/queues, a tmpfs file (so mmap works and ioctl answers ENOTTY by itself)
@@ -53,16 +54,21 @@
 /* The uverbs framing (ib_uverbs_cmd_hdr, ib_uverbs_ex_cmd_hdr). */
 #define EXTENDED 0x80000000u
 #define POST_SEND 28u
+#define REQ_NOTIFY_CQ 23u
 
 /* The control area at the start of `queues`; softroce_ext/uverbs/channel.py has the same numbers. */
-#define CONTROL_BYTES 135168u
-#define LAYOUT_VERSION 1u
+#define CONTROL_BYTES 200704u
+#define LAYOUT_VERSION 2u
 #define AT_PENDING 0
 #define AT_LAYOUT 4
 #define AT_MAILBOX 64
 #define AT_MAY_POST 4096
 #define AT_DIRTY 69632
-#define QP_HANDLES 65536u
+#define AT_ARMED 135168
+#define HANDLES 65536u
+#define CQ_EXISTS 0x80
+#define ARMED_NEXT 1
+#define ARMED_SOLICITED 2
 #define MAILBOX_DATA 3904
 
 struct mailbox {
@@ -464,12 +470,32 @@ static int ring(struct channel *c, uint32_t handle)
 
 	if (!control || atomic_load_explicit(&c->broken, memory_order_relaxed))
 		return EIO;
-	if (handle >= QP_HANDLES || !((volatile uint8_t *)control)[AT_MAY_POST + handle])
+	if (handle >= HANDLES || !((volatile uint8_t *)control)[AT_MAY_POST + handle])
 		return EINVAL;
 	atomic_store_explicit((_Atomic uint8_t *)(control + AT_DIRTY + handle), 1, memory_order_release);
 	if (atomic_exchange(pending, 1) == 0)
 		syscall(SYS_write, c->doorbell, "", 1); /* a full FIFO is a rung bell */
 	return 0;
+}
+
+/* Ask for a completion event. False: there is no such completion queue, the NIC shall say so. */
+static bool arm(struct channel *c, uint32_t handle, bool solicited_only)
+{
+	_Atomic uint8_t *armed;
+	uint8_t before;
+
+	if (handle >= HANDLES || !c->control || atomic_load_explicit(&c->broken, memory_order_relaxed))
+		return false;
+	armed = (_Atomic uint8_t *)(c->control + AT_ARMED + handle);
+	before = atomic_load(armed);
+	if (!(before & CQ_EXISTS))
+		return false;
+	/* Sequentially consistent: the program looks at the queue after this, the NIC looks here after it has published. */
+	if (!solicited_only)
+		atomic_exchange(armed, CQ_EXISTS | ARMED_NEXT);
+	else if (before != (CQ_EXISTS | ARMED_NEXT))
+		atomic_compare_exchange_strong(armed, &before, CQ_EXISTS | ARMED_SOLICITED);
+	return true;
 }
 
 EXPORT ssize_t write(int fd, const void *buffer, size_t length)
@@ -499,6 +525,9 @@ EXPORT ssize_t write(int fd, const void *buffer, size_t length)
 		}
 		return (ssize_t)length;
 	}
+	/* header 8, CQ handle 4, solicited only 4 */
+	if (words[0] == REQ_NOTIFY_CQ && length >= 16 && arm(c, words[2], words[3] != 0))
+		return (ssize_t)length;
 	return command(c, buffer, length);
 }
 

@@ -18,24 +18,25 @@ import mmap
 import os
 import shutil
 import struct
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from softroce_ext.device import limits
+from softroce_ext.device.barrier import full_barrier
 from softroce_ext.device.errors import VerbsError
 from softroce_ext.device.shared import RingImage
 from softroce_ext.uverbs import rings
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 AT_PENDING: Final = 0
 AT_LAYOUT: Final = 4
 AT_MAILBOX: Final = 64
 AT_MAY_POST: Final = 4096
 AT_DIRTY: Final = 69632
-QP_HANDLES: Final = 65536
-CONTROL_BYTES: Final = AT_DIRTY + QP_HANDLES
+AT_ARMED: Final = 135168
+HANDLES: Final = 65536
+CONTROL_BYTES: Final = AT_ARMED + HANDLES
 FILE_BYTES: Final = 1 << 32
 """Size of the queue file. It is sparse; only what queues use takes memory."""
 
@@ -46,13 +47,6 @@ _PIPE_BYTES: Final = 65536
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PUNCH_HOLE_KEEP_SIZE: Final = 3
-_barrier = threading.Lock()
-
-
-def full_barrier() -> None:
-    """Order every earlier store before every later load (a lock-prefixed instruction), so that no doorbell is lost."""
-    _barrier.acquire(False)
-    _barrier.release()
 
 
 class Fifo:
@@ -292,6 +286,10 @@ class FileChannel:
         """Mark queue pairs as rung (after a restore: the doorbell is level-triggered)."""
         for handle in handles:
             self.control[AT_DIRTY + handle] = 1
+
+    def arm_bytes(self) -> tuple[mmap.mmap, int]:
+        """The buffer with one byte for each CQ handle by which the program asks for events, and where they begin."""
+        return self.control, AT_ARMED
 
     # -- answers and events --------------------------------------------------------------------------------------
 

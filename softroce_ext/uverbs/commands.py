@@ -229,6 +229,7 @@ def _new_cq(context: Context, user_handle: int, cqe: int, vector: int, descripto
     channel = _channel_of(context, descriptor)
     cq = CompletionQueue(context.channel.completion_ring(cqe), user_handle, channel, context.async_fifo)
     context.add(cq)
+    cq.share(*context.channel.arm_bytes())
     if channel is not None:
         channel.users += 1
     return cq
@@ -265,6 +266,7 @@ def resize_cq(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 @handles(Command.REQ_NOTIFY_CQ)
 def req_notify_cq(adapter: Adapter, context: Context, body: Body) -> Answer:
+    # The bridge arms in shared memory; this command comes for what is no completion queue, or from another bridge.
     handle, solicited_only = abi.U32X2.unpack_from(body)
     context.get(handle, CompletionQueue).arm(bool(solicited_only))
     return Answer()
@@ -282,6 +284,7 @@ def destroy_cq(adapter: Adapter, context: Context, body: Body) -> Answer:
         reported -= cq.channel.fifo.withdraw(lambda record: record == own)
         cq.channel.users -= 1
     async_reported = cq.async_events - (context.unread_async(cq.user_handle) if cq.async_events else 0)
+    cq.unshare()
     context.remove(cq.handle)
     cq.ring.free()
     return Answer(abi.U32X2.pack(reported, async_reported))

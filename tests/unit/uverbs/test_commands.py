@@ -9,13 +9,19 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import struct
 
 import pytest
 from uverbs_program import Program, Upper
 
+from softroce_ext.device import completion
+from softroce_ext.native import build
+from softroce_ext.uverbs import channel
 from softroce_ext.uverbs.abi import Command
+from softroce_ext.uverbs.channel import LAYOUT_VERSION
 from softroce_ext.uverbs.commands_qp import HANDLERS
+from softroce_ext.uverbs.server import MAGIC
 
 
 def modify(handle: int, mask: int, state: int) -> bytes:
@@ -27,6 +33,19 @@ def modify(handle: int, mask: int, state: int) -> bytes:
 def test_every_command_has_its_handler() -> None:
     """The table is complete."""
     assert set(HANDLERS) == set(map(int, Command))
+
+
+def test_the_bridge_has_the_same_layout() -> None:
+    """The numbers in bridge.c are those of channel.py and server.py."""
+    text = (build.SOURCES / "bridge.c").read_text()
+    theirs = {name: int(value, 0) for name, value in re.findall(r"#define (\w+) (0x[0-9a-f]+|\d+)u?\b", text)}
+    for name in ("AT_PENDING", "AT_LAYOUT", "AT_MAILBOX", "AT_MAY_POST", "AT_DIRTY", "AT_ARMED", "CONTROL_BYTES"):
+        assert theirs[name] == getattr(channel, name), name
+    assert theirs["LAYOUT_VERSION"] == channel.LAYOUT_VERSION
+    assert theirs["HANDLES"] == channel.HANDLES
+    assert theirs["MAILBOX_DATA"] == channel.MAILBOX_DATA
+    assert theirs["MAGIC"] == MAGIC
+    assert theirs["CQ_EXISTS"] == completion.ARM_EXISTS
 
 
 def test_objects_in_use_are_busy(program: Program) -> None:
@@ -97,10 +116,8 @@ def test_only_the_opener_is_obeyed(upper: Upper, program: Program) -> None:
     """Another process that knows the context's name changes nothing: the kernel tells who sent."""
     child = os.fork()
     if child == 0:
-        program._socket.sendto(
-            struct.pack("<IHHII48s", 0x4252474D, 1, 2, 1, 0, program.id.encode()) + struct.pack("<IHHQ", 3, 4, 1, 1),
-            str(upper.server.path),
-        )
+        head = struct.pack("<IHHII48s", MAGIC, LAYOUT_VERSION, 2, 1, 0, program.id.encode())
+        program._socket.sendto(head + struct.pack("<IHHQ", 3, 4, 1, 1), str(upper.server.path))
         os._exit(0)
     os.waitpid(child, 0)
     assert upper.server.serve() == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from softroce_ext.device.adapter import Adapter
 from softroce_ext.device.context import Context
 from softroce_ext.transport.engine import Engine
+from softroce_ext.uverbs.channel import LAYOUT_VERSION
 from softroce_ext.uverbs.server import MAGIC, CommandServer
 
 IP = bytes([10, 0, 0, 1])
@@ -59,7 +60,7 @@ class Program:
 
     def send(self, kind: int, name: bytes, body: bytes) -> None:
         """One datagram, served at once."""
-        head = struct.pack("<IHHII48s", MAGIC, 1, kind, self._sequence, 0, name)
+        head = struct.pack("<IHHII48s", MAGIC, LAYOUT_VERSION, kind, self._sequence, 0, name)
         self._socket.sendto(head + body, str(self.upper.server.path))
         self.upper.server.serve()
 

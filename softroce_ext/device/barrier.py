@@ -1,0 +1,18 @@
+"""A full memory barrier, for the two places where a store must be seen before a later load is made.
+
+On x86 stores are seen in order and loads are made in order, but a load may overtake an earlier store. After clearing a
+doorbell the queues must be read, and after publishing a completion the wish for an event: both would be lost otherwise.
+"""
+
+from __future__ import annotations
+
+import threading
+
+_lock = threading.Lock()
+_acquire, _release = _lock.acquire, _lock.release
+
+
+def full_barrier() -> None:
+    """HOT. Order every earlier store before every later load (taking a lock is a lock-prefixed instruction)."""
+    _acquire(False)
+    _release()
