@@ -246,11 +246,13 @@ class Move:
             self._blackout(rolled_back) if frozen and (failure is None or rolled_back) else (None, None, None)
         )
         after = {name: observe.counters(host) for name, host in self._session.hosts.items() if host.alive}
-        grown = {
-            name: {key: observe.difference(before[name], counts, key) for key in counts}
-            for name, counts in after.items()
-        }
-        resent = [counts["retransmits"] for counts in grown.values() if counts.get("retransmits") is not None]
+
+        def grew(host: str, counter: str) -> int | None:
+            # A NIC lists what it has counted: what its list lacks did not happen. An empty list: it was not asked.
+            counts = after.get(host)
+            return counts.get(counter, 0) - before[host].get(counter, 0) if counts else None
+
+        resent = [count for name in after if (count := grew(name, "retransmits")) is not None]
         error = hint = None
         if failure is not None:
             phase = timeline.unfinished
@@ -277,7 +279,7 @@ class Move:
             image_bytes=self._sent.get("image_bytes"),
             nic_image_bytes=self._sent.get("nic_image_bytes"),
             qps=len(self._gaps_here.qpns) if self._gaps_here is not None else 0,
-            nak_stopped=grown.get(move.source, {}).get("sent_nak_stopped"),
-            resumes=grown.get(move.to if failure is None else move.source, {}).get("sent_resume"),
-            retransmissions=sum(value for value in resent if value is not None) if resent else None,
+            nak_stopped=grew(move.source, "sent_nak_stopped"),
+            resumes=grew(move.to if failure is None else move.source, "sent_resume"),
+            retransmissions=sum(resent) if resent else None,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from testbed.errors import TestbedError
@@ -22,11 +22,6 @@ def counters(host: Host) -> dict[str, int]:
         return {}
     inner = answer.get("counters", answer)
     return {name: value for name, value in inner.items() if type(value) is int}
-
-
-def difference(before: Mapping[str, int], after: Mapping[str, int], name: str) -> int | None:
-    """How much a counter grew; None if the NIC does not have it."""
-    return after[name] - before.get(name, 0) if name in after else None
 
 
 def queue_pairs(host: Host, pids: Iterable[int]) -> list[dict[str, Any]]:
