@@ -156,6 +156,9 @@ def test_a_counter_moves_there_and_back_and_there(lab: Lab, tmp_path: Path) -> N
         sent = move(lab, "counter", source, target)
         assert sent["image_bytes"] > 0
         counter_goes_on(lab, target)
+        processes = lab.hosts[target].call("app_status", name="counter")["processes"]
+        priorities = {(os.sched_getscheduler(p["pid"]), os.getpriority(os.PRIO_PROCESS, p["pid"])) for p in processes}
+        assert priorities == {(os.SCHED_IDLE, 0)}, "what was lent for the move is taken back"
     assert lab.hosts["b"].call("app_status", name="counter")["ended"] is None
     lab.hosts["b"].call("signal_app", name="counter", signal="SIGTERM")
     assert lab.wait_event("app_exited", app="counter")["host"] == "b"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import Run
 
 from testbed.controller.client import ControllerClient
 from testbed.errors import RunFailed
@@ -191,3 +192,16 @@ def test_the_controller_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ControllerClient, "move", refuse)
     path = pingpong(tmp_path, 1200, "app: server, to: h3, at: 2MiB, address: keep")
     rolled_back(moved(path, tmp_path), "switch s1 did not confirm")
+
+
+@pytest.mark.parametrize("phase", ["prepare", "dump_process", "restore_process"])
+def test_ctrl_c_in_mid_migration_ends_cleanly(tmp_path: Path, phase: str) -> None:
+    """Exit code 130, the folder tells it, and nothing of the run is left: no frozen program, no CRIU, no namespace."""
+    text = pingpong(tmp_path, 100_000, "app: server, to: h3, at: 2MiB, address: keep").read_text()
+    begun = Run(tmp_path, text)
+    begun.wait_for(lambda event: event["event"] == "phase_started" and event["phase"] == phase, timeout=90)
+    made = begun.made()
+    begun.process.send_signal(signal.SIGINT)
+    assert begun.finish() == 130, begun.stderr
+    assert begun.summary["interrupted"]
+    assert made.left() == []
