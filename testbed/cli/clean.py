@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -22,7 +23,7 @@ def clean(
         if run_id not in {run.run_id for run in runs}:
             raise BadInput("no such run", where=run_id, hint="testbed status lists them")
     if runs and os.geteuid() != 0:
-        raise EnvironmentProblem("cannot remove what root has made", hint="sudo testbed clean")
+        raise EnvironmentProblem("cannot remove what root has made", hint=f"sudo {sys.executable} -m testbed clean")
     failed = False
     for run in runs:
         if run_ids and run.run_id not in run_ids:
