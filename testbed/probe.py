@@ -90,7 +90,9 @@ def _machine() -> Iterator[Finding]:
     if _root():
         yield Finding("root", "ok", "yes")
     else:
-        yield Finding("root", "missing", "no: trials that need it were not made", f"sudo {sys.executable} -m testbed doctor")
+        yield Finding(
+            "root", "missing", "no: trials that need it were not made", f"sudo {sys.executable} -m testbed doctor"
+        )
 
 
 def _python() -> Iterator[Finding]:
