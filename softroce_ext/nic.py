@@ -34,8 +34,9 @@ from softroce_ext.uverbs.sysfs import SysfsPicture
 MAX_SLEEP: Final = 1.0
 NEIGHBOUR_POLL: Final = 0.002
 """Seconds between looks at the neighbour table while a command waits for a MAC."""
-POLL_EVERY: Final = 8
+POLL_EVERY: Final = 2
 """Rounds of an awake loop between looks at epoll: how long a command may wait behind traffic."""
+DRAIN_LIMIT: Final = 64
 FLUSHES: Final = 4
 """Batches sent in one round before received frames get their turn."""
 
@@ -235,8 +236,9 @@ class Nic:
 
     def drain(self, context: Context) -> None:
         """Take in every command and doorbell that a frozen program has sent (nothing new can come)."""
-        while self.commands.serve(64):
-            pass
+        for _ in range(DRAIN_LIMIT):  # others may go on sending
+            if not self.commands.serve(64):
+                break
         self.commands.fail_waiting(context)
         context.channel.silence_doorbell()
         context.channel.arm_doorbell()

@@ -157,6 +157,13 @@ class FileChannel:
         self._next_comp = 0
         self._highest_handle = 0
         self.directory.mkdir(mode=0o700)
+        try:
+            self._create()
+        except BaseException:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def _create(self) -> None:
         self._fd = os.open(self.directory / "queues", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, FILE_BYTES)
         os.posix_fallocate(self._fd, 0, CONTROL_BYTES)
@@ -166,9 +173,9 @@ class FileChannel:
         os.mkfifo(self.directory / "doorbell", 0o600)
         self.doorbell = os.open(self.directory / "doorbell", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._reply = Fifo(self.directory, "reply", _SEQUENCE.size)
-        if owner != (os.geteuid(), os.getegid()):
+        if self._owner != (os.geteuid(), os.getegid()):
             for path in (self.directory, *self.directory.iterdir()):
-                os.chown(path, *owner)
+                os.chown(path, *self._owner)
 
     # -- rings ---------------------------------------------------------------------------------------------------
 

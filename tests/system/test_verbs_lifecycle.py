@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from nic_pair import RUN, Host, finish, hosts, nics
+from nic_pair import RUN, Host, finish, hosts, nics, pair
 
 from softroce_ext.control import ControlClient, ControlError
 
@@ -174,6 +174,24 @@ def test_images_that_cannot_be_restored(joined: tuple[Host, Host], tmp_path: Pat
         with pytest.raises(ControlError, match="No such file"):
             control.call("restore", file=str(tmp_path / "absent"))
         assert control.call("status")["contexts"] == []
+
+
+def test_threads_signals_and_exec(joined: tuple[Host, Host]) -> None:
+    """Commands of many threads of one program, interrupted by signals; then the same after an exec."""
+    script = str(Path(__file__).with_name("verbs_threads.py"))
+    run = joined[0].run("/usr/bin/python3", script, "again", program=True)
+    assert (run.returncode, run.stdout) == (0, "ok\n"), run.stdout + run.stderr
+    with joined[0].control() as control:
+        assert control.call("status")["contexts"] == []
+
+
+def test_a_program_of_another_user(joined: tuple[Host, Host]) -> None:
+    """No root is needed to use the device."""
+    environment = joined[0].environment()
+    words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    words += ["env", f"LD_PRELOAD={environment['LD_PRELOAD']}", *PINGPONG, "-n", "50", "-e"]
+    for code, output in pair(*joined, words):
+        assert code == 0, output
 
 
 @pytest.mark.parametrize(
