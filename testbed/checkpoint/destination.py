@@ -41,6 +41,8 @@ class Incoming:
     """Contexts that the NIC has restored for it."""
     address: str | None = None
     """Address that was added for it."""
+    gid: str | None = None
+    """Address that was entered in the NIC's GID table for it."""
     done: bool = False
     """Taken over or aborted."""
 
@@ -121,6 +123,9 @@ def migrate_receive(
         if first not in received.kept:
             raise OperationError(f"the source sent no {FIRST_IMAGE}")
         with phase(agent, migration, "restore_nic"):
+            if add_address is not None and agent.nic is not None:
+                running_nic(agent).command("address_add", {"ip": add_address}, NIC_SECONDS)
+                move.gid = add_address
             nic_image = move.folder / NIC_IMAGE.partition("/")[2]
             if nic_image.exists():
                 answer = running_nic(agent).command(
@@ -202,6 +207,9 @@ def _abort(agent: Agent, move: Incoming) -> None:
     if move.contexts:
         with contextlib.suppress(OperationError):  # a NIC that has died has forgotten them too
             running_nic(agent).command("discard", {"contexts": move.contexts}, NIC_SECONDS)
+    if move.gid is not None:
+        with contextlib.suppress(OperationError):
+            running_nic(agent).command("address_remove", {"ip": move.gid}, NIC_SECONDS)
     if move.address is not None:
         with contextlib.suppress(OperationError):
             addresses.address_del(agent, ip=move.address)

@@ -152,6 +152,10 @@ def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None =
         if remove_address is not None:
             with collect(problems):
                 addresses.address_del(agent, ip=remove_address)
+            if agent.nic is not None:
+                # Left in the NIC's GID table, it would be taken for this host's: no frame could reach it from here.
+                with collect(problems):
+                    running_nic(agent).command("address_remove", {"ip": remove_address}, NIC_SECONDS)
         with collect(problems):
             table = inventory.lock_table((move.folder / "images" / FIRST_IMAGE).read_bytes())
             if table is not None:

@@ -133,6 +133,13 @@ def test_there_and_back(tmp_path: Path) -> None:
     succeeded(moved(pingpong(tmp_path, 1500, *moves), tmp_path))
 
 
+def test_both_ends_move_the_second_to_where_the_first_was(tmp_path: Path) -> None:
+    """With event mode (-e): completion channels move too. The address that left must be forgotten by its old NIC."""
+    command = "ibv_rc_pingpong -g 1 -n 1500 -c -e"
+    moves = ("app: server, to: h3, at: 1MiB, address: keep", "app: client, to: h2, at: 3MiB, address: keep")
+    succeeded(moved(topology(tmp_path, command, command, *moves), tmp_path))
+
+
 @pytest.mark.parametrize("app", ["server", "client"])
 @pytest.mark.parametrize("program", ["ib_write_bw", "ib_send_bw"])
 def test_perftest_moves_in_mid_traffic(tmp_path: Path, program: str, app: str) -> None:
