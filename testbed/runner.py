@@ -374,4 +374,6 @@ def _forget(state: RunState) -> None:
 
 
 def _size(topology: ResolvedTopology) -> str:
-    return f"{len(topology.hosts)} hosts, {len(topology.switches)} switches, {len(topology.links)} links"
+    counts = {"host": len(topology.hosts), "switch": len(topology.switches), "link": len(topology.links)}
+    plurals = {"switch": "switches"}
+    return ", ".join(f"{n} {name if n == 1 else plurals.get(name, name + 's')}" for name, n in counts.items())
