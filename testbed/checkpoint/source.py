@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -36,6 +37,8 @@ class Outgoing:
     """Contexts that the NIC holds for it."""
     policy: int | None = None
     """Scheduling policy that the program had, once it has been taken from it."""
+    gid: str | None = None
+    """Address that the NIC has given up for it."""
     held: bool = False
     done: bool = False
     """Committed or rolled back."""
@@ -65,11 +68,22 @@ def migrate_begin(agent: Agent, *, app: str) -> dict[str, Any]:
 
 @operation("migrate_send")
 def migrate_send(
-    agent: Agent, *, migration: str, app: str, address: str, port: int, token: str, source: str | None = None
+    agent: Agent,
+    *,
+    migration: str,
+    app: str,
+    address: str,
+    port: int,
+    token: str,
+    source: str | None = None,
+    leaving: str | None = None,
 ) -> dict[str, Any]:
     """Freeze the application, dump it and its NIC objects, and bring both to the destination. It stays frozen.
 
-    `address`, `port`, `token`: the destination's receiver (`migrate_prepare`); `source`: own node address to send from.
+    `address`, `port`, `token`: the destination's receiver (`migrate_prepare`); `source`: own node address to send from;
+    `leaving`: the address that moves along. The NIC gives it up as soon as everything is sent, so that a partner on
+    this same host looks for it on the wire from then on; the interface keeps it until the commit, for TCP after a
+    roll-back.
     Returns {contexts, image_bytes, nic_image_bytes, app_bytes, bytes}. After an error the application runs on here.
     """
     found = apps.find_app(agent, app)
@@ -83,7 +97,12 @@ def migrate_send(
         _OUTGOING[migration] = move
         with move.lock:
             try:
-                return _send(agent, move, criu, lambda: Sender(address, port, token, source))
+                sent = _send(agent, move, criu, lambda: Sender(address, port, token, source))
+                if leaving is not None and agent.nic is not None:
+                    with contextlib.suppress(OperationError):  # it never was in the GID table
+                        running_nic(agent).command("address_remove", {"ip": leaving}, NIC_SECONDS)
+                        move.gid = leaving
+                return sent
             except BaseException:
                 _roll_back(agent, move)
                 raise
@@ -152,10 +171,6 @@ def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None =
         if remove_address is not None:
             with collect(problems):
                 addresses.address_del(agent, ip=remove_address)
-            if agent.nic is not None:
-                # Left in the NIC's GID table, it would be taken for this host's: no frame could reach it from here.
-                with collect(problems):
-                    running_nic(agent).command("address_remove", {"ip": remove_address}, NIC_SECONDS)
         with collect(problems):
             table = inventory.lock_table((move.folder / "images" / FIRST_IMAGE).read_bytes())
             if table is not None:
@@ -186,6 +201,8 @@ def _roll_back(agent: Agent, move: Outgoing) -> None:
         move.dump.roll_back()
     if move.policy is not None:
         tree.change_policy(move.app.init, os.SCHED_OTHER, move.policy)
+    if move.gid is not None:
+        running_nic(agent).command("address_add", {"ip": move.gid}, NIC_SECONDS)
     if move.held and move.contexts:
         # Not waited for: the program runs already, and a silent partner is no reason to call the roll-back a failure.
         running_nic(agent).command("unhold", {"contexts": move.contexts, "wait": False}, NIC_SECONDS)

@@ -152,6 +152,7 @@ class Move:
                 port=offer["port"],
                 token=offer["token"],
                 source=hosts[move.source].node_ip,
+                leaving=move.ip_before if self._keep else None,
                 timeout=CARRY_SECONDS,
             )
         except TestbedError:
@@ -280,6 +281,6 @@ class Move:
             nic_image_bytes=self._sent.get("nic_image_bytes"),
             qps=len(self._gaps_here.qpns) if self._gaps_here is not None else 0,
             nak_stopped=grew(move.source, "sent_nak_stopped"),
-            resumes=grew(move.to if failure is None else move.source, "sent_resume"),
+            resumes=grew(move.source if rolled_back else move.to, "sent_resume"),
             retransmissions=sum(resent) if resent else None,
         )

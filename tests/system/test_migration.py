@@ -140,6 +140,13 @@ def test_both_ends_move_the_second_to_where_the_first_was(tmp_path: Path) -> Non
     succeeded(moved(topology(tmp_path, command, command, *moves), tmp_path))
 
 
+def test_to_the_partner_s_host_and_away_from_it(tmp_path: Path) -> None:
+    """Frames between two programs of one host are never on the wire; before and after that they are."""
+    command = "ib_send_bw -d rxe0 -x 1 -D 8 -s 65536"
+    moves = ("app: server, to: h1, at: 2s, address: keep", "app: server, to: h3, at: 5s, address: keep")
+    succeeded(moved(topology(tmp_path, command, command, *moves), tmp_path))
+
+
 @pytest.mark.parametrize("app", ["server", "client"])
 @pytest.mark.parametrize("program", ["ib_write_bw", "ib_send_bw"])
 def test_perftest_moves_in_mid_traffic(tmp_path: Path, program: str, app: str) -> None:
