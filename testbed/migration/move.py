@@ -259,6 +259,8 @@ class Move:
             phase = timeline.unfinished
             error = f"{phase}: {failure}" if phase else str(failure)
             error, hint = error.partition("\n  hint: ")[0], failure.hint
+            if not self._keep and "Cannot assign requested address" in error:
+                hint = "the program has a TCP connection or listener on its address: use address: keep"
         if self._notes:
             hint = "; ".join([*([hint] if hint else []), *self._notes])
         return summary.Migration(
