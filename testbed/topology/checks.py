@@ -28,8 +28,11 @@ SLOWEST_BW = 1.0
 Model = TypeVar("Model", bound=Section)
 
 
-def _salvage(model: type[Model], value: Any) -> Model | None:
-    """`value` as a model, without the keys that are wrong (they are reported elsewhere); None if that is not enough."""
+def _salvage(model: type[Model], value: Any, **stand_ins: Any) -> Model | None:
+    """`value` as a model, without the keys that are wrong (they are reported elsewhere); None if that is not enough.
+
+    stand_ins: for required keys, so that a wrong one does not hide what is wrong with its neighbours.
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -37,7 +40,7 @@ def _salvage(model: type[Model], value: Any) -> Model | None:
             return None
         bad = {detail["loc"][0] for detail in error.errors() if detail["loc"]}
     try:
-        return model.model_validate({key: item for key, item in value.items() if key not in bad})
+        return model.model_validate(stand_ins | {key: item for key, item in value.items() if key not in bad})
     except ValidationError:
         return None
 
@@ -77,7 +80,7 @@ class View:
             else:
                 view.apps[name] = app
         for index, value in _entries(data.get("migrations")):
-            migration = _salvage(Migration, value)
+            migration = _salvage(Migration, value, at="0s")
             if migration is not None:
                 view.migrations.append((index, migration))
         try:
