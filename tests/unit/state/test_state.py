@@ -172,6 +172,15 @@ def test_recycled_pid_is_spared(tmp_path: Path, sleeper: subprocess.Popen[bytes]
     assert sleeper.poll() is None
 
 
+def test_what_goes_by_itself_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The links of a dead host's namespace vanish some time after its last process."""
+    run = written_by_a_dead_process(tmp_path, "r1", "state.record('link', name='gone-eth0')")
+    answers = iter([True, False])
+    monkeypatch.setattr(cleanup, "exists", lambda kind, what: next(answers))
+    assert cleanup.clean(run) == []
+    assert state.runs(tmp_path) == []
+
+
 def test_folder_with_something_mounted_below_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = written_by_a_dead_process(
         tmp_path / "runs",
