@@ -91,7 +91,7 @@ class RunState:
                 self.topology = event["topology"]
             case "stage":
                 self.stage, self.detail = event["name"], event.get("detail") or ""
-            case "nic_ready":
+            case "host_ready" | "nic_ready":
                 self.nics.setdefault(event["host"], NicState())
             case "counters":
                 self.nics.setdefault(event["host"], NicState()).update(event["t"], event["counters"])
@@ -217,7 +217,7 @@ def _migration(migration: MigrationState) -> Iterator[RenderableType]:
             if length is None:
                 steps.append(Text(f"▸ {phase} …", style="yellow"))
             else:
-                steps.append(Text(f"✓ {phase} {text.ms(length)}", style="green"))
+                steps.append(Text(f"✓ {phase} {text.ms(length)} ms", style="green"))
         elif migration.outcome is None:
             steps.append(Text(f"· {phase}", style="dim"))
     yield Padding(Columns(steps, padding=(0, 2)), (0, 0, 0, 2))

@@ -56,7 +56,7 @@ def test_during_a_migration() -> None:
     assert row(text, "server") == "server h2 runs"
     assert row(text, "h1") == "h1 1,500 – 11.9 MiB – 100 Mbit/s 0 bit/s"
     assert row(text, "h2") == "h2 – – – – – –"
-    assert "✓ prepare 61.3" in text and "▸ freeze …" in text and "· commit" in text
+    assert "✓ prepare 61.3 ms" in text and "▸ freeze …" in text and "· commit" in text
     assert "not to be had here: OVS kernel datapath; instead: userspace (no module [x])" in text
     assert max(len(line) for line in text.splitlines()) <= 80
 
