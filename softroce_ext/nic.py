@@ -25,7 +25,7 @@ from softroce_ext.device.context import Context
 from softroce_ext.impairment import Impairment, ImpairmentSpec
 from softroce_ext.management import Management
 from softroce_ext.neighbours import Neighbours
-from softroce_ext.port import Port
+from softroce_ext.port import BATCH, Port
 from softroce_ext.transport.engine import Engine, EngineConfig
 from softroce_ext.uverbs.channel import FileChannel
 from softroce_ext.uverbs.server import CommandServer
@@ -34,8 +34,6 @@ from softroce_ext.uverbs.sysfs import SysfsPicture
 MAX_SLEEP: Final = 1.0
 NEIGHBOUR_POLL: Final = 0.002
 """Seconds between looks at the neighbour table while a command waits for a MAC."""
-POLL_EVERY: Final = 2
-"""Rounds of an awake loop between looks at epoll: how long a command may wait behind traffic."""
 DRAIN_LIMIT: Final = 64
 FLUSHES: Final = 4
 """Batches sent in one round before received frames get their turn."""
@@ -94,10 +92,11 @@ class Nic:
         self._awake: list[Context] = []
         self._stopping = False
         self._next_retry = 0.0
+        self._readable = False
         self._waits: list[Callable[[float], bool]] = []
         self.commands = CommandServer(run, self.adapter, self.watch_context, self._ring_before)
         self.watch(self.commands.fileno(), lambda _: self._serve())
-        self.watch(self.port.fileno(), lambda _: None)
+        self.watch(self.port.fileno(), self._frames_wait)
         self.management = Management(self)
         self.control = ControlServer(run / "control.sock", self.management.handle, self.watch, self.unwatch)
         self._trace_file: Any = None
@@ -259,34 +258,39 @@ class Nic:
         spin = self.config.spin
         while not self._stopping:
             self._sleep(monotonic())
-            quiet_since = 0.0
-            rounds = 0
+            worked = 0.0
             while not self._stopping:
                 now = monotonic()
                 if self._round(now):
-                    quiet_since = 0.0
-                elif not quiet_since:
-                    quiet_since = now
-                elif now - quiet_since >= spin:
+                    worked = now
+                if not self._dispatch(0) and now - worked >= spin and not self._more():
                     break
-                rounds += 1
-                if rounds % POLL_EVERY == 0:
-                    self._chores(now)
-                    self._dispatch(0)
+                self._chores(now)
 
-    def _dispatch(self, timeout: float) -> None:
+    def _more(self) -> bool:
+        """Whether another round would have something to do, as far as one can see without asking the kernel."""
+        return (self.engine.has_work() and not self.port.unsent) or bool(self.port.loopback)
+
+    def _dispatch(self, timeout: float) -> bool:
+        """Wait for events at most `timeout` seconds and serve them; whether there were any."""
         callbacks = self._callbacks
-        for fd, events in self._epoll.poll(timeout):
+        events = self._epoll.poll(timeout)
+        for fd, what in events:
             callback = callbacks.get(fd)
             if callback is not None:
-                callback(events)
+                callback(what)
+        return bool(events)
+
+    def _frames_wait(self, _events: int) -> None:
+        self._readable = True
 
     def _round(self, now: float) -> bool:
         """HOT. Frames in, doorbells, timers, frames out. Whether there was anything to do."""
         engine, port = self.engine, self.port
         busy = False
-        frames = port.receive()
-        if frames:
+        if self._readable:
+            frames = port.receive()
+            self._readable = len(frames) == BATCH  # else epoll says when there are more
             busy = True
             receive = engine.receive
             for frame in frames:

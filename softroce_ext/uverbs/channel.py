@@ -261,8 +261,10 @@ class FileChannel:
         Order matters: drain, clear `pending`, then look at queues. Were `pending` cleared first, a byte written in
         between would be drained while `pending` stays set, and the NIC would sleep.
         """
-        with contextlib.suppress(BlockingIOError):
+        try:
             os.read(self.doorbell, 4096)
+        except BlockingIOError:
+            return
 
     def arm_doorbell(self) -> None:
         """From now on the program's next doorbell writes to the FIFO."""
