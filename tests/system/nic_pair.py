@@ -18,6 +18,8 @@ from softroce_ext.control import ControlClient
 from softroce_ext.native import build
 
 RUN = "/run/migros/nic"
+PORT = 18515
+"""TCP port of perftest and of libibverbs' examples, where none is given."""
 HOLD = "mkdir -p /run/migros && mount -t tmpfs tmpfs /run/migros && echo up && exec sleep infinity"
 
 
@@ -59,6 +61,17 @@ class Host:
         return subprocess.Popen(
             self.enter(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment()
         )
+
+    def wait_for_listener(self, port: int, program: subprocess.Popen[str], timeout: float = 30) -> None:
+        """Until something listens on TCP `port`, or `program` has ended: these programs do not say when they listen."""
+        deadline = time.monotonic() + timeout
+        while program.poll() is None and time.monotonic() < deadline:
+            for table in ("tcp", "tcp6"):
+                for line in Path(f"/proc/{self.pid}/net/{table}").read_text().splitlines()[1:]:
+                    fields = line.split()
+                    if fields[1].endswith(f":{port:04X}") and fields[3] == "0A":
+                        return
+            time.sleep(0.01)
 
     def start_nic(self, *options: str) -> None:
         """Start this host's NIC and wait until it is ready."""
@@ -139,11 +152,15 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, st
 
 
 def pair(
-    server: Host, client: Host, words: list[str], timeout: float = 60, start_delay: float = 0.5
+    server: Host, client: Host, words: list[str], timeout: float = 60, wait: bool = True
 ) -> tuple[tuple[int, str], tuple[int, str]]:
-    """Run the same program as server and, with the server's address appended, as client; both (exit code, output)."""
+    """Run the same program as server and, with the server's address appended, as client; both (exit code, output).
+
+    `wait`: the client cannot wait for the server itself, so it is started when the server listens.
+    """
     listening = server.start(*words)
-    time.sleep(start_delay)  # these programs say nothing when they listen
+    if wait:
+        server.wait_for_listener(int(words[words.index("-p") + 1]) if "-p" in words else PORT, listening)
     calling = client.start(*words, server.ip)
     try:
         result = finish(calling, timeout)

@@ -43,7 +43,7 @@ def contexts(host: Host) -> list[str]:
 def probe(server: Host, client: Host, scenario: str) -> None:
     """Run one scenario and check both ends."""
     words = ["/usr/bin/python3", str(PROBE), scenario]
-    passive, active = pair(server, client, words, start_delay=0)
+    passive, active = pair(server, client, words, wait=False)
     assert passive == (0, "ok\n"), f"passive end: {passive[1]}"
     assert active == (0, "ok\n"), f"active end: {active[1]}"
     assert contexts(server) == contexts(client) == [], "a program that ended left something behind"
@@ -64,7 +64,7 @@ def test_loopback(joined: tuple[Host, Host]) -> None:
 def test_a_hostile_program_harms_only_itself(joined: tuple[Host, Host], scenario: str) -> None:
     """After it the same NICs serve the next program."""
     words = ["/usr/bin/python3", str(PROBE), scenario]
-    pair(joined[0], joined[1], words, start_delay=0)
+    pair(joined[0], joined[1], words, wait=False)
     for host in joined:
         assert host.nic is not None
         assert host.nic.poll() is None, f"the NIC of host {host.number} ended"

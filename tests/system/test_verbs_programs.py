@@ -113,6 +113,7 @@ def test_several_programs_at_once(joined: tuple[Host, Host]) -> None:
     running = []
     for port, server, client in (("19001", first, second), ("19002", second, first), ("19003", first, first)):
         listening = server.start(*words, "-p", port)
+        server.wait_for_listener(int(port), listening)
         running.append((listening, server, client, port))
     calling = []
     for _, server, client, port in running:
