@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from nic_pair import RUN, Host, finish, hosts, nics, pair
+from nic_pair import PORT, RUN, Host, finish, hosts, nics, pair
 
 from softroce_ext.control import ControlClient, ControlError
 
@@ -44,7 +44,7 @@ def started(
     """A pingpong under way."""
     words = [*PINGPONG, *options, "-n", str(iterations)]
     listening = server.start(*words)
-    time.sleep(0.5)
+    server.wait_for_listener(PORT, listening)
     calling = client.start(*words, server.ip)
 
     def running() -> bool:
