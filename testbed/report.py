@@ -335,6 +335,10 @@ def _kept(summary: Summary) -> RenderableType:
         table.add_row("timeline.png", "the migrations' phases as a picture")
     table.add_row("summary.json", "this report as data")
     table.add_row("events.jsonl", "what happened when")
+    table.add_row("topology.yaml", "the topology as it was run")
+    table.add_row("versions.json", "kernel, programs, packages")
+    if summary.folder and (Path(summary.folder) / "network").is_dir():
+        table.add_row("network/", "logs of the controller and the SSH servers")
     return Group(Text(summary.folder, overflow="fold"), table)
 
 
