@@ -64,8 +64,8 @@ class Gaps:
         """
         while True:
             self._ask()
-            lasts = [row.get("last") for row in self._read.values()]
-            if lasts and all(last is not None and last > since for last in lasts):
+            # A host that has none of the queue pairs has nothing to wait for.
+            if all((row.get("last") or 0.0) > since for row in self._read.values()):
                 break
             if time.monotonic() >= until:
                 break
