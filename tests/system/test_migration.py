@@ -62,7 +62,8 @@ def seconds_per_iteration() -> float:
         summary = moved(topology(Path(folder), command, command), Path(folder))
     found = re.search(r"([\d.]+) usec/iter", " ".join(summary.apps[0].tail))
     assert found is not None, summary.to_json()
-    return float(found[1]) / 1e6
+    # Other load may cease meanwhile: a migration must be due before the program ends all the same.
+    return min(float(found[1]) / 1e6, 0.008)
 
 
 def pingpong(folder: Path, seconds: float, *migrations: str) -> Path:
@@ -130,7 +131,7 @@ def at_phase(session: Session, phase: str, act: Callable[[], object]) -> None:
 
 
 def test_the_server_moves_with_its_address(tmp_path: Path) -> None:
-    summary = moved(pingpong(tmp_path, 6, "app: server, to: h3, at: 1s, address: keep"), tmp_path)
+    summary = moved(pingpong(tmp_path, 10, "app: server, to: h3, at: 1s, address: keep"), tmp_path)
     succeeded(summary)
     (record,) = summary.migrations
     assert record.blackout_from == "completions" and record.partner_gap_ms is not None
@@ -139,20 +140,20 @@ def test_the_server_moves_with_its_address(tmp_path: Path) -> None:
 
 
 def test_the_client_moves_and_changes_its_address(tmp_path: Path) -> None:
-    summary = moved(pingpong(tmp_path, 6, "app: client, to: h3, at: 1s, address: change"), tmp_path)
+    summary = moved(pingpong(tmp_path, 10, "app: client, to: h3, at: 1s, address: change"), tmp_path)
     succeeded(summary)
     assert not [change for change in summary.flow_changes if change.migration == 0]
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    moves = [f"app: server, to: {host}, at: {at}, address: keep" for host, at in (("h3", "1s"), ("h2", "4s"))]
-    succeeded(moved(pingpong(tmp_path, 10, *moves), tmp_path))
+    moves = [f"app: server, to: {host}, at: {at}, address: keep" for host, at in (("h3", "1s"), ("h2", "3s"))]
+    succeeded(moved(pingpong(tmp_path, 20, *moves), tmp_path))
 
 
 def test_both_ends_move_the_second_to_where_the_first_was(tmp_path: Path) -> None:
     """With event mode (-e): completion channels move too. The address that left must be forgotten by its old NIC."""
-    command = PINGPONG.format(count=max(500, int(10 / seconds_per_iteration()))) + " -e"
-    moves = ("app: server, to: h3, at: 1s, address: keep", "app: client, to: h2, at: 4s, address: keep")
+    command = PINGPONG.format(count=max(500, int(20 / seconds_per_iteration()))) + " -e"
+    moves = ("app: server, to: h3, at: 1s, address: keep", "app: client, to: h2, at: 3s, address: keep")
     succeeded(moved(topology(tmp_path, command, command, *moves), tmp_path))
 
 
@@ -182,7 +183,7 @@ def test_the_destination_has_no_usable_criu(tmp_path: Path) -> None:
         binary = criu_binary.find()[-1]
         inside(session, "h3", "mount", "--bind", "/bin/true", binary)
 
-    path = pingpong(tmp_path, 6, "app: server, to: h3, at: 1s, address: keep")
+    path = pingpong(tmp_path, 10, "app: server, to: h3, at: 1s, address: keep")
     rolled_back(moved(path, tmp_path, spoil), "no CRIU works here")
 
 
@@ -191,7 +192,7 @@ def test_the_destination_s_disk_is_full(tmp_path: Path) -> None:
         inside(session, "h3", "mkdir", "-p", "/run/migros/migrate")
         inside(session, "h3", "mount", "-t", "tmpfs", "-o", "size=64k", "full", "/run/migros/migrate")
 
-    path = pingpong(tmp_path, 6, "app: server, to: h3, at: 1s, address: keep")
+    path = pingpong(tmp_path, 10, "app: server, to: h3, at: 1s, address: keep")
     rolled_back(moved(path, tmp_path, fill), "No space left on device")
 
 
@@ -202,7 +203,7 @@ def test_the_destination_s_nic_dies_while_the_program_is_frozen(tmp_path: Path) 
         )
         at_phase(session, "dump_process", lambda: os.kill(nic, signal.SIGKILL))
 
-    path = pingpong(tmp_path, 6, "app: server, to: h3, at: 1s, address: keep")
+    path = pingpong(tmp_path, 10, "app: server, to: h3, at: 1s, address: keep")
     rolled_back(moved(path, tmp_path, arm), "NIC")
 
 
@@ -211,7 +212,7 @@ def test_the_destination_s_agent_dies_in_mid_transfer(tmp_path: Path) -> None:
         pid = agent_pid(session, "h3")
         at_phase(session, "dump_process", lambda: os.kill(pid, signal.SIGKILL))
 
-    path = pingpong(tmp_path, 6, "app: server, to: h3, at: 1s, address: keep")
+    path = pingpong(tmp_path, 10, "app: server, to: h3, at: 1s, address: keep")
     rolled_back(moved(path, tmp_path, arm), "")
 
 
@@ -220,7 +221,7 @@ def test_the_controller_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise RunFailed("switch s1 did not confirm", where="controller, move")
 
     monkeypatch.setattr(ControllerClient, "move", refuse)
-    path = pingpong(tmp_path, 6, "app: server, to: h3, at: 1s, address: keep")
+    path = pingpong(tmp_path, 10, "app: server, to: h3, at: 1s, address: keep")
     rolled_back(moved(path, tmp_path), "switch s1 did not confirm")
 
 
