@@ -153,12 +153,9 @@ def ratios(path: Path, found: Mapping[str, Estimate], *, title: str, ylabel: str
     for index, found_one in enumerate(estimates):
         spread = [index + 0.22 + 0.012 * (i % 5) for i in range(found_one.n)]
         axes.plot(spread, found_one.values, ".", color="0.35", markersize=4)
+        # At the foot of the bar, where no whisker and no dot is.
         axes.annotate(
-            f"{found_one.median:.3f}",
-            (index, found_one.median),
-            xytext=(-22, 4),
-            textcoords="offset points",
-            fontsize=8,
+            f"{found_one.median:.3f}", (index, 0), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9
         )
     axes.axhline(1.0, color=PALETTE[5], linewidth=1, linestyle="--")
     axes.set_xticks(range(len(found)), list(found))
