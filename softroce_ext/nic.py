@@ -34,6 +34,8 @@ from softroce_ext.uverbs.sysfs import SysfsPicture
 MAX_SLEEP: Final = 1.0
 NEIGHBOUR_POLL: Final = 0.002
 """Seconds between looks at the neighbour table while a command waits for a MAC."""
+MAX_WINDOW: Final = 384
+"""Packets that one queue pair may have on the way. Linux rxe has 128; here a round trip takes several time slices."""
 DRAIN_LIMIT: Final = 64
 FLUSHES: Final = 4
 """Batches sent in one round before received frames get their turn."""
@@ -73,7 +75,7 @@ class Nic:
             self.port.impairment = Impairment(config.impairment, config.seed)
         if config.capture:
             self.port.capture = Capture(config.capture, config.snaplen)
-        self.engine = Engine(EngineConfig(migros=config.migros))
+        self.engine = Engine(EngineConfig(migros=config.migros, window=MAX_WINDOW))
         self.neighbours = Neighbours(self.port.index)
         self.adapter = Adapter(self.engine, self.port.mac, self.port.mtu, config.number_base, self.neighbours.mac)
         for address in config.addresses:

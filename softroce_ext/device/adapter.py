@@ -40,6 +40,11 @@ V4_PREFIX: Final = bytes(10) + b"\xff\xff"
 GID_CHANGE: Final = 18
 PORT: Final = 1
 
+PACKETS_ON_THE_WAY: Final = 1024
+"""Of all queue pairs of one NIC together; a port of the userspace Open vSwitch buffers about 1800 of 4 KiB."""
+MIN_WINDOW: Final = 16
+"""A queue pair's least share of them."""
+
 Resolver = Callable[[bytes], bytes | None]
 """IPv4 address (4 bytes) → MAC of the next hop (6 bytes), or None while it is being asked for."""
 
@@ -254,6 +259,13 @@ class Adapter:
         self.engine.add_qp(qp.transport)
         self.queue_pairs[qp.qpn] = qp
         qp.users(+1)
+        self._share_window()
+
+    def _share_window(self) -> None:
+        """What all queue pairs together may have on the way must fit into the buffers of a software switch."""
+        sending = sum(qp.transport.context.state >= QpState.RTS for qp in self.queue_pairs.values())
+        share = max(MIN_WINDOW, PACKETS_ON_THE_WAY // max(sending, 1))
+        self.engine.window = min(self.engine.config.window, share)
 
     def modify_queue_pair(self, qp: QueuePair, attributes: dict[str, Any]) -> None:
         """ibv_modify_qp with the transport's attribute names. Raises VerbsError(EINVAL)."""
@@ -262,6 +274,7 @@ class Adapter:
         except ValueError as error:  # InvalidTransition is one
             raise VerbsError(errno.EINVAL, str(error)) from None
         state = qp.transport.context.state
+        self._share_window()
         if attributes.get("qp_state") == QpState.RESET:
             qp.reset_rings()
         # rxe refuses a post before RTS at the call; in ERR it takes it and flushes.
@@ -273,6 +286,7 @@ class Adapter:
         """ibv_destroy_qp: no packet, no completion."""
         self.engine.remove_qp(qp.qpn)
         del self.queue_pairs[qp.qpn]
+        self._share_window()
         qp.users(-1)
         qp.context.channel.may_post(qp.handle, False)
         qp.free_rings()
@@ -319,4 +333,5 @@ class Adapter:
             elif hasattr(item, "number"):
                 self.ah_numbers.discard(item.number)
         context.objects.clear()
+        self._share_window()
         context.channel.close()

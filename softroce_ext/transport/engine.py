@@ -37,7 +37,7 @@ class EngineConfig:
     migros: bool = True
     """Announce and use the migration extension; without it the packets are those of rxe."""
     window: int = 128
-    """Unacknowledged PSNs that a requester may have on the way."""
+    """Unacknowledged PSNs that a requester may have on the way (a RESUME is believed this far behind)."""
     packets_per_ackreq: int = 66
     """AckReq on every n-th packet of a long message (and on every message's last)."""
     retry_read_gaps: bool = True
@@ -76,6 +76,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
+        self.window = self.config.window
+        """The window in force, at least 2; the caller may lower it and raise it again."""
         self.counters: dict[str, int] = defaultdict(int)
         """Counts by name, rxe's hw_counters names where they exist; callers may add their own."""
         self.qps: dict[int, QueuePair] = {}

@@ -68,7 +68,7 @@ LOCAL = frozenset({int(WrOpcode.LOCAL_INV), int(WrOpcode.BIND_MW)})
 def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> int:
     """HOT. Send up to `budget` request packets; returns how many. `qp.more` tells whether the budget ended it."""
     context = qp.context
-    window = qp.config.window
+    window = qp.engine.window
     sent = 0
     while sent < budget:
         inflight = context.inflight
@@ -223,6 +223,8 @@ def _send_data(
     capability = qp.capability
     noack = context.noack_packets
     every = qp.config.packets_per_ackreq
+    if 3 * every > 2 * qp.engine.window:  # else the sender would wait for an ACK that nobody was asked for
+        every = qp.engine.window // 2
     codes = SEGMENTATION[wqe.opcode]
     last = packets - 1
     middle = codes.middle << 24 | PKEY_DEFAULT

@@ -187,3 +187,17 @@ def test_a_region_must_be_mapped(program: Program) -> None:
     register((1 << 64) - 4096, 8192, errno.EINVAL)
     _, lkey, rkey = struct.unpack("<III", register(0, 0))
     assert lkey == rkey and lkey >> 8 in program.upper.adapter.keys
+
+
+def test_queue_pairs_share_the_window(program: Program) -> None:
+    """One alone has the whole window; many have less each, and never more on the way than a switch buffers."""
+    made = program.objects()
+    engine = program.upper.engine
+    engine.config.window = 384
+    qp = struct.pack("<QIIIIIIIIIBBBx", 1, made["pd"], made["cq"], made["cq"], 0, 1, 1, 1, 1, 0, 0, 2, 0)
+    for sending in range(1, 21):
+        (handle,) = struct.unpack_from("<I", program.call(Command.CREATE_QP, qp, 64))
+        program.call(Command.MODIFY_QP, modify(handle, 1, 6))
+        assert engine.window == min(384, 1024 // sending)
+    program.upper.adapter.forget(program.context)
+    assert engine.window == 384
