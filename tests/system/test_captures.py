@@ -9,7 +9,6 @@ The judges are judged first, on captures of the real Linux driver and on damaged
 
 from __future__ import annotations
 
-import itertools
 import json
 import struct
 import subprocess
@@ -208,9 +207,11 @@ class TestFolder:
     def test_the_summary_agrees_with_the_captures(self, run: dict[str, Any]) -> None:
         migration = run["migrations"][0]
         seen = captured(run, "h1")
-        gaps = [(later.time - earlier.time) * 1000 for earlier, later in itertools.pairwise(seen)]
-        # The wire's longest silence lies inside the longest gap between completions at the partner.
-        assert 0 < max(gaps) * 0.5 < migration["partner_gap_ms"]
+        # No completion at the partner without a frame: its silence before the RESUME lies inside the gap it measured.
+        # (Not the longest silence of the whole run: a machine that is paused for a while is silent too.)
+        arrival = next(index for index, frame in enumerate(seen) if frame.opcode == RESUME)
+        silence = (seen[arrival].time - seen[arrival - 1].time) * 1000
+        assert 0 < silence <= migration["partner_gap_ms"]
         assert migration["blackout_ms"] >= migration["phases_ms"]["freeze"]
         sent = sum(1 for f in captured(run, "h3") if f.opcode == RESUME)
         assert migration["resumes"] == sent
