@@ -1,4 +1,4 @@
-"""What all runs on one machine share: a lock, the choice of tag and slot, two mount points, one kernel default.
+"""What all runs on one machine share: a lock, the choice of tag and slot, two mount points, two settings.
 
 `/run/migros` (where each host mounts its own tmpfs) and `/run/sshd` (which sshd insists on) are empty folders of the
 machine. A run must not remove them while another run's hosts have them mounted, so they are part of no run's state:
@@ -19,7 +19,7 @@ from typing import Final
 
 from testbed import state as run_state
 from testbed.errors import EnvironmentProblem
-from testbed.network import machine, plan
+from testbed.network import machine, plan, scheduling
 from testbed.state import RunState
 
 PRIVATE: Final = "/run/migros"
@@ -72,9 +72,12 @@ def claim(state: RunState) -> tuple[str, int]:
 
 
 def release(base: Path = run_state.BASE) -> None:
-    """Remove the mount points that the testbed has made, if no run is left. Call with the lock held."""
+    """If no run is left: the switch's scheduling as before, our mount points away. Call with the lock held."""
     made = base / _MADE
-    if not made.exists() or any(path.is_dir() for path in base.iterdir()):
+    if any(path.is_dir() for path in base.iterdir()):
+        return
+    scheduling.as_before(base)
+    if not made.exists():
         return
     for line in made.read_text().splitlines():
         if line in MOUNT_POINTS:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from testbed.controller.client import ControllerClient
 from testbed.controller.process import ControllerProcess
 from testbed.errors import EnvironmentProblem, RunFailed
-from testbed.network import fixtures, machine, shaping, ssh
+from testbed.network import fixtures, machine, scheduling, shaping, ssh
 from testbed.network.plan import MANAGEMENT_INTERFACE, Plan, Wire, plan
 from testbed.state import RunState
 from testbed.topology import ResolvedTopology
@@ -252,6 +252,7 @@ class Network:
         base = self.state.directory.parent
         with fixtures.machine_lock(base), contextlib.ExitStack() as stack:
             if self.datapath == "userspace":
+                scheduling.first(base)
                 size = stack.enter_context(fixtures.wide_receive_buffers(base))
                 if size < fixtures.SOCKET_MEMORY:
                     self.limits.append(
