@@ -2,8 +2,8 @@
 
 `ib_send_lat` (64 bytes, typical, which is half a round trip) over half of `ping`'s median round trip, both unmodified,
 between the same two virtual hosts through the same switch, in turn within one run. `ratio_to_ping` is the median of
-the pairs' ratios; less is better. `ib_send_lat` waits for completion events (-e): with polling, two programs and two
-NICs would fight for this machine's CPUs; `--polling` measures that.
+the pairs' ratios; less is better. `ib_send_lat` polls, as it does by default; `--events` measures it with completion
+events (-e).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from testbed.stats import paired_ratio
 SEND = ["ib_send_lat", "-F", "-x", "1", "-s", "64"]
 
 
-def measure(bench: Bench, pairs: int, iterations: int, polling: bool) -> dict[str, Any]:
+def measure(bench: Bench, pairs: int, iterations: int, events: bool) -> dict[str, Any]:
     """Alternate both programs; the numbers of each and the ratio."""
     rdma: list[float] = []
     half_pings: list[float] = []
     address = bench.session.topology.hosts["h2"].ip
-    argv = [*SEND, "-n", str(iterations), *([] if polling else ["-e"])]
+    argv = [*SEND, "-n", str(iterations), *(["-e"] if events else [])]
     echo = ["ping", "-n", "-s", "64", "-i", "0.002", "-c", str(iterations), address]
     for _ in range(pairs):
         rdma.append(latency(argv, bench.pair(("h2", argv), ("h1", [*argv, address]))))
@@ -48,13 +48,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON only")
     parser.add_argument("--pairs", type=int, default=5, help="pairs of measurements (default 5)")
     parser.add_argument("--iterations", type=int, default=1000, help="messages of each measurement (default 1000)")
-    parser.add_argument("--polling", action="store_true", help="ib_send_lat polls in place of waiting for events")
+    parser.add_argument("--events", action="store_true", help="ib_send_lat waits for completion events (-e)")
     options = parser.parse_args()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         with_hosts(
             one_switch("latency", {"h1": {}, "h2": {}}),
-            lambda bench: result.update(measure(bench, options.pairs, options.iterations, options.polling)),
+            lambda bench: result.update(measure(bench, options.pairs, options.iterations, options.events)),
             results=Path(folder),
         )
     if options.json:
