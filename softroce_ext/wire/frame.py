@@ -1,7 +1,7 @@
-"""Whole RoCEv2 frames: Ethernet + IPv4 + UDP + transport headers + payload + pad + ICRC.
+"""Whole RoCEv2 frames: Ethernet + IPv4 or IPv6 + UDP + transport headers + payload + pad + ICRC.
 
 `Path` is everything that stays the same between two ends, precomputed; `build` writes one frame, `parse` checks and
-takes one apart. Both are hot. IPv6 will be a second template in Path and a second branch on the Ethertype.
+takes one apart. Both are hot for IPv4; IPv6 is a branch on the Path's family and on the Ethertype.
 """
 
 from __future__ import annotations
@@ -10,18 +10,34 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 from softroce_ext.wire.headers import PSN_MASK
-from softroce_ext.wire.icrc import SEED_IPV4, crc32
+from softroce_ext.wire.icrc import SEED_IPV4, SEED_IPV6, crc32
 from softroce_ext.wire.opcodes import FLAGS, HEADERS_LENGTH, UNKNOWN, OpFlag
+from softroce_ext.wire.path import ROCE_PORT, Path, address_text, datagram_source_port, udp_source_port
+
+__all__ = [
+    "FRAME_OVERHEAD",
+    "FRAME_OVERHEAD_IPV6",
+    "MAX_FRAME",
+    "ROCE_PORT",
+    "Buffer",
+    "Packet",
+    "Path",
+    "address_text",
+    "build",
+    "datagram_source_port",
+    "parse",
+    "udp_source_port",
+]
 
 Buffer = bytes | bytearray | memoryview
 
-ROCE_PORT = 4791
-"""UDP destination port of RoCEv2 (IANA)."""
-
 FRAME_OVERHEAD = 14 + 20 + 8 + 4
-"""Bytes of a frame besides transport headers, payload and pad: Ethernet, IPv4, UDP, ICRC."""
+"""Bytes of an IPv4 frame besides transport headers, payload and pad: Ethernet, IPv4, UDP, ICRC."""
 
-MAX_FRAME = FRAME_OVERHEAD + 12 + 28 + 4096 + 3
+FRAME_OVERHEAD_IPV6 = 14 + 40 + 8 + 4
+"""The same with IPv6."""
+
+MAX_FRAME = FRAME_OVERHEAD_IPV6 + 12 + 28 + 4096 + 3
 """The longest frame that this NIC sends, bytes."""
 
 # What `build` writes before the BTH: Ethernet .. TOS | length | identification | DF, TTL, UDP | checksum | addresses,
@@ -34,148 +50,19 @@ _ICRC = Struct("<I")
 _FRAME = Struct(">6x6sHBxHHHxBH8sHHHHIII")
 _MASKED_BTH = Struct(">HHHHH8sHHHHII")
 _SHORTEST = 14 + 20 + 8 + 12 + 4
-_BTH_AT = 42
 _HEADERS_AT = 54
 _IPV4 = 0x0800
-_DF = 0x4000 << 16
+_IPV6 = 0x86DD
+# IPv6: Ethernet, version/class/label | payload length, next header, hop limit | addresses, ports | UDP length, checksum.
+_HEAD6 = Struct(">18sHBB36sHH")
+_MASKED6 = Struct(">HH36sHH")
+# What `_parse_ipv6` reads: version/class/label, length, next header, addresses, UDP, and the BTH's three words.
+_FRAME6 = Struct(">6x6s2xIHBx32sHHHHIII")
+_MASKED_BTH6 = Struct(">HH32sHHHHII")
+_SHORTEST6 = 14 + 40 + 8 + 12 + 4
+_HEADERS_AT6 = 74
 _PADS = (b"", b"\0", b"\0\0", b"\0\0\0")
 _PAYLOAD = int(OpFlag.PAYLOAD)
-
-
-class Path:
-    """One direction between two addresses: MACs, IPs, UDP source port, traffic class and hop limit, as templates.
-
-    Addresses are packed bytes (6 for a MAC, 4 for IPv4). `ip_id` is the IPv4 identification that the next frame gets
-    (u16); whoever builds a frame takes it and stores the next one. Everything else is fixed: a changed path is a new
-    one. Paths compare equal when their addresses, port, traffic class and hop limit do, whatever their `ip_id`.
-    """
-
-    __slots__ = (
-        "_checksum",
-        "_flags_ttl",
-        "_flags_ttl_masked",
-        "_head",
-        "_tail",
-        "answers_from",
-        "destination_ip",
-        "destination_mac",
-        "hop_limit",
-        "ip_id",
-        "source_ip",
-        "source_mac",
-        "traffic_class",
-        "udp_source_port",
-    )
-
-    def __init__(
-        self,
-        source_mac: bytes,
-        destination_mac: bytes,
-        source_ip: bytes,
-        destination_ip: bytes,
-        udp_source_port: int,
-        traffic_class: int = 0,
-        hop_limit: int = 64,
-        ip_id: int = 0,
-    ) -> None:
-        """Raises ValueError for an address of the wrong length or a number out of its range."""
-        if len(source_mac) != 6 or len(destination_mac) != 6:
-            raise ValueError("a MAC address has 6 bytes")
-        if len(source_ip) != 4 or len(destination_ip) != 4:
-            raise ValueError("an IPv4 address has 4 bytes")
-        if not (0 <= udp_source_port <= 0xFFFF and 0 <= ip_id <= 0xFFFF):
-            raise ValueError("UDP port and IP identification are 16 bits")
-        if not (0 <= traffic_class <= 0xFF and 0 <= hop_limit <= 0xFF):
-            raise ValueError("traffic class and hop limit are 8 bits")
-        self.source_mac = bytes(source_mac)
-        self.destination_mac = bytes(destination_mac)
-        self.source_ip = bytes(source_ip)
-        self.destination_ip = bytes(destination_ip)
-        self.udp_source_port = udp_source_port
-        self.traffic_class = traffic_class
-        self.hop_limit = hop_limit
-        self.ip_id = ip_id
-        self.answers_from = self.destination_ip + self.source_ip
-        """What `Packet.addresses` is for a packet that comes back along this path."""
-        self._head = self.destination_mac + self.source_mac + b"\x08\x00\x45" + bytes((traffic_class,))
-        self._flags_ttl = _DF | hop_limit << 8 | 17
-        self._flags_ttl_masked = _DF | 0xFF11
-        self._tail = (
-            self.source_ip + self.destination_ip + udp_source_port.to_bytes(2, "big") + ROCE_PORT.to_bytes(2, "big")
-        )
-        # The IPv4 checksum is a sum of 16-bit words: all but length and identification are known here.
-        words = self.source_ip + self.destination_ip
-        self._checksum = (
-            0x4500
-            + traffic_class
-            + 0x4000
-            + (hop_limit << 8 | 17)
-            + sum(words[i] << 8 | words[i + 1] for i in range(0, 8, 2))
-        )
-
-    def _key(self) -> tuple[object, ...]:
-        return (self._head, self._tail, self.hop_limit)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Path) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def __repr__(self) -> str:
-        source, destination = (".".join(map(str, ip)) for ip in (self.source_ip, self.destination_ip))
-        return f"<Path {source}:{self.udp_source_port} → {destination}>"
-
-    def replace(
-        self,
-        *,
-        source_mac: bytes | None = None,
-        destination_mac: bytes | None = None,
-        source_ip: bytes | None = None,
-        destination_ip: bytes | None = None,
-        udp_source_port: int | None = None,
-    ) -> Path:
-        """A copy with some fields changed (`ip_id` goes on where it was)."""
-        return Path(
-            self.source_mac if source_mac is None else source_mac,
-            self.destination_mac if destination_mac is None else destination_mac,
-            self.source_ip if source_ip is None else source_ip,
-            self.destination_ip if destination_ip is None else destination_ip,
-            self.udp_source_port if udp_source_port is None else udp_source_port,
-            self.traffic_class,
-            self.hop_limit,
-            self.ip_id,
-        )
-
-    def to_plain(self) -> dict[str, int | str]:
-        """Plain JSON-able data (addresses in hexadecimal)."""
-        return {
-            "source_mac": self.source_mac.hex(),
-            "destination_mac": self.destination_mac.hex(),
-            "source_ip": self.source_ip.hex(),
-            "destination_ip": self.destination_ip.hex(),
-            "udp_source_port": self.udp_source_port,
-            "traffic_class": self.traffic_class,
-            "hop_limit": self.hop_limit,
-            "ip_id": self.ip_id,
-        }
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Path:
-        """The inverse of `to_plain`. Raises ValueError when `plain` is not one."""
-        try:
-            return cls(
-                bytes.fromhex(plain["source_mac"]),
-                bytes.fromhex(plain["destination_mac"]),
-                bytes.fromhex(plain["source_ip"]),
-                bytes.fromhex(plain["destination_ip"]),
-                int(plain["udp_source_port"]),
-                int(plain["traffic_class"]),
-                int(plain["hop_limit"]),
-                int(plain["ip_id"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a dumped path: {error!r}") from None
 
 
 class Packet(NamedTuple):
@@ -193,28 +80,24 @@ class Packet(NamedTuple):
     payload: memoryview
     """Without pad and ICRC."""
     addresses: bytes
-    """Source then destination IP address (4 + 4 bytes)."""
+    """Source then destination IP address (4 + 4 or 16 + 16 bytes)."""
     source_mac: bytes
     raw: memoryview
     """The whole frame."""
 
     @property
     def source_ip(self) -> bytes:
-        """4 bytes."""
+        """4 or 16 bytes."""
         return self.addresses[: len(self.addresses) // 2]
 
+    @property
+    def destination_ip(self) -> bytes:
+        """4 or 16 bytes."""
+        return self.addresses[len(self.addresses) // 2 :]
 
-def udp_source_port(flow_label: int, local_qpn: int, remote_qpn: int) -> int:
-    """The UDP source port of an RC or UC connection, as Linux rxe chooses it (the same from both ends).
-
-    A flow label of 0 is first made from both QPNs; then its 20 bits are folded to 14 under 0xC000.
-    """
-    if flow_label == 0:
-        flow_label = local_qpn * remote_qpn
-        flow_label ^= flow_label >> 20
-        flow_label ^= flow_label >> 40
-    flow_label &= 0xFFFFF
-    return 0xC000 | ((flow_label & 0x3FFF) ^ (flow_label >> 14))
+    def grh(self) -> bytes:
+        """The 40 bytes before a datagram's data (RoCEv2 annex A17.4.5.1): the IPv6 header, or 20 zeros and IPv4's."""
+        return bytes(self.raw[14:54]) if len(self.addresses) == 32 else bytes(20) + self.raw[14:34]
 
 
 def build(
@@ -233,8 +116,10 @@ def build(
     """HOT. Write one frame at the beginning of `out` and return its length in bytes.
 
     headers: BTH and extended headers; payload: bytes, may be empty; pad: 0..3 zero bytes that the BTH announces. `out`
-    is writable, format B, at least FRAME_OVERHEAD + len(headers) + len(payload) + pad long.
+    is writable, format B, at least FRAME_OVERHEAD (FRAME_OVERHEAD_IPV6) + len(headers) + len(payload) + pad long.
     """
+    if path.ipv6:
+        return _build_ipv6(path, headers, payload, pad, out)
     end = 42 + len(headers)
     stop = end + len(payload)
     udp_length = stop + pad - 30
@@ -256,6 +141,26 @@ def build(
     crc = _crc32(out[42:stop], _crc32(masked, SEED_IPV4))
     out[46] = headers[4]
     _icrc(out, stop, crc)
+    return stop + 4
+
+
+def _build_ipv6(path: Path, headers: bytes, payload: Buffer, pad: int, out: memoryview) -> int:
+    """HOT. `build` for IPv6: UDP checksum 0 (rxe sends none on IPv6 either)."""
+    end = 62 + len(headers)
+    stop = end + len(payload)
+    udp_length = stop + pad - 50
+    tail = path._tail
+    _HEAD6.pack_into(out, 0, path._head, udp_length, 17, path.hop_limit, tail, udp_length, 0)
+    out[62:end] = headers
+    if stop > end:
+        out[end:stop] = payload
+    if pad:
+        out[stop : stop + pad] = _PADS[pad]
+        stop += pad
+    out[66] = 0xFF
+    crc = crc32(out[62:stop], crc32(_MASKED6.pack(udp_length, 0x11FF, tail, udp_length, 0xFFFF), SEED_IPV6))
+    out[66] = headers[4]
+    _ICRC.pack_into(out, stop, crc)
     return stop + 4
 
 
@@ -282,7 +187,7 @@ def parse(
      udp_length, udp_checksum, first, second, third) = _unpack(frame)
     # fmt: on
     if ethertype != _IPV4:
-        return "not_roce"
+        return _parse_ipv6(frame) if ethertype == _IPV6 else "not_roce"
     if version != 0x45:
         return "ip_header"
     if protocol != 17 or port != ROCE_PORT:
@@ -331,8 +236,48 @@ def parse(
     return packet
 
 
+def _parse_ipv6(frame: memoryview) -> Packet | str:
+    """HOT. `parse` for IPv6. Extension headers are refused: RoCEv2 has none (RoCEv2 annex A17.3.1)."""
+    size = len(frame)
+    if size < _SHORTEST6:
+        return "length"
+    # fmt: off
+    (source_mac, version, udp_total, next_header, addresses, source_port, port, udp_length, udp_checksum, first,
+     second, third) = _FRAME6.unpack_from(frame)
+    # fmt: on
+    if version >> 28 != 6:
+        return "ip_header"
+    if next_header != 17 or port != ROCE_PORT:
+        return "not_roce"
+    end = udp_total + 50  # where the ICRC begins
+    if end + 4 > size or udp_length != udp_total or udp_total & 3 or udp_total < 24:
+        return "length"
+    if udp_checksum and not _udp_checksum_right(frame, addresses, udp_length):
+        return "udp_checksum"
+    if first & 0x0F0000:
+        return "bth_version"
+    opcode = first >> 24
+    headers_length = HEADERS_LENGTH[opcode]
+    if headers_length == UNKNOWN:
+        return "opcode"
+    payload_at = _HEADERS_AT6 + headers_length
+    payload_end = end - (first >> 20 & 3)
+    if payload_at > payload_end or (payload_at != end and not FLAGS[opcode] & _PAYLOAD):
+        return "length"
+    masked = _MASKED_BTH6.pack(
+        udp_total, 0x11FF, addresses, source_port, port, udp_length, 0xFFFF, first, second | 0xFF000000
+    )
+    if _ICRC.unpack_from(frame, end)[0] != crc32(frame[70:end], crc32(masked, SEED_IPV6)):
+        return "icrc"
+    return Packet(
+        opcode, first, second & 0xFFFFFF, third >> 24, third & PSN_MASK, _HEADERS_AT6, frame[payload_at:payload_end],
+        addresses, source_mac, frame,
+    )  # fmt: skip
+
+
 def _udp_checksum_right(frame: memoryview, addresses: bytes, udp_length: int) -> bool:
     """Whether the UDP checksum is right. Rare: RoCEv2 senders leave it 0, so this need not be fast."""
-    datagram = bytes(frame[34 : 34 + udp_length])
+    begin = 34 if len(addresses) == 8 else 54
+    datagram = bytes(frame[begin : begin + udp_length])
     pseudo = addresses + b"\x00\x11" + udp_length.to_bytes(2, "big")
     return int.from_bytes(pseudo + datagram + b"\0" * (udp_length & 1)) % 0xFFFF == 0

@@ -21,3 +21,6 @@ else:
 
 SEED_IPV4 = zlib.crc32(b"\xff" * 8 + b"\x45\xff")
 """The CRC's state after the eight bytes of ones and the first two bytes (version 4, length 20; masked TOS) of IPv4."""
+
+SEED_IPV6 = zlib.crc32(b"\xff" * 8 + b"\x6f\xff\xff\xff")
+"""The same after the first four bytes of IPv6 (version 6; masked traffic class and flow label)."""

@@ -18,24 +18,48 @@ class Captured(NamedTuple):
     frame: bytes
 
     @property
+    def ipv6(self) -> bool:
+        return self.frame[12:14] == b"\x86\xdd"
+
+    @property
+    def bth_at(self) -> int:
+        return 62 if self.ipv6 else 42
+
+    @property
     def source(self) -> bytes:
-        return self.frame[26:30]
+        return self.frame[22:38] if self.ipv6 else self.frame[26:30]
+
+    @property
+    def destination(self) -> bytes:
+        return self.frame[38:54] if self.ipv6 else self.frame[30:34]
+
+    @property
+    def traffic_class(self) -> int:
+        return int.from_bytes(self.frame[14:16], "big") >> 4 & 0xFF if self.ipv6 else self.frame[15]
+
+    @property
+    def hop_limit(self) -> int:
+        return self.frame[21] if self.ipv6 else self.frame[22]
+
+    @property
+    def udp_source_port(self) -> int:
+        return int.from_bytes(self.frame[self.bth_at - 8 : self.bth_at - 6], "big")
 
     @property
     def ip_id(self) -> int:
-        return int.from_bytes(self.frame[18:20], "big")
+        return 0 if self.ipv6 else int.from_bytes(self.frame[18:20], "big")
 
     @property
     def opcode(self) -> int:
-        return self.frame[42]
+        return self.frame[self.bth_at]
 
     @property
     def destination_qpn(self) -> int:
-        return int.from_bytes(self.frame[47:50], "big")
+        return int.from_bytes(self.frame[self.bth_at + 5 : self.bth_at + 8], "big")
 
     @property
     def psn(self) -> int:
-        return int.from_bytes(self.frame[51:54], "big")
+        return int.from_bytes(self.frame[self.bth_at + 9 : self.bth_at + 12], "big")
 
 
 def read(name: str) -> list[Captured]:

@@ -37,7 +37,8 @@ def changed(at: int, value: int | bytes, seal: bool = True) -> bytearray:
 
 
 REFUSED = {
-    "another Ethertype": (changed(12, b"\x86\xdd", False), "not_roce"),
+    "another Ethertype": (changed(12, b"\x88\xb5", False), "not_roce"),
+    "IPv4 called IPv6": (changed(12, b"\x86\xdd", False), "ip_header"),
     "TCP": (changed(23, 6), "not_roce"),
     "another UDP port": (changed(36, b"\x12\xb8"), "not_roce"),
     "IPv4 options": (changed(14, 0x46, False), "ip_header"),
