@@ -53,7 +53,7 @@ _SHORTEST = 14 + 20 + 8 + 12 + 4
 _HEADERS_AT = 54
 _IPV4 = 0x0800
 _IPV6 = 0x86DD
-# IPv6: Ethernet, version/class/label | payload length, next header, hop limit | addresses, ports | UDP length, checksum.
+# IPv6: Ethernet, version/class/label | payload length, next header, hop limit | addresses, ports | UDP length, sum.
 _HEAD6 = Struct(">18sHBB36sHH")
 _MASKED6 = Struct(">HH36sHH")
 # What `_parse_ipv6` reads: version/class/label, length, next header, addresses, UDP, and the BTH's three words.
