@@ -12,6 +12,7 @@ from softroce_ext.device.errors import VerbsError
 from softroce_ext.device.memory import ProcessMemory
 from softroce_ext.transport.interfaces import ProtectionError, SendWqe
 from softroce_ext.transport.verbs import Access, WrOpcode
+from softroce_ext.wire.path import Path
 
 KEY_BITS = 8
 """Low bits of a key that the owner may change; the rest is the region's index (IBA 10.6.2)."""
@@ -67,10 +68,12 @@ Keys = dict[int, MemoryRegion | MemoryWindow]
 class ProtectionDomain:
     """A protection domain; answers the transport's key lookups (transport.interfaces.ProtectionDomain)."""
 
-    __slots__ = ("handle", "keys", "users")
+    __slots__ = ("handle", "keys", "paths", "users")
 
     def __init__(self, keys: Keys) -> None:
         self.keys = keys
+        self.paths: dict[int, Path] = {}
+        """The domain's address handles, by number: the resolved way to each one's destination."""
         self.handle = 0
         self.users = 0
         """Objects that refer to this domain; it cannot be freed while there are any."""
@@ -107,6 +110,13 @@ class ProtectionDomain:
                 raise ProtectionError(f"window {rkey:#x} is not bound")
             region = region.region
         return region.memory, address - region.shift  # type: ignore[union-attr]
+
+    def address(self, ah_number: int) -> Path:
+        """HOT. The path of one of this domain's address handles. Raises ProtectionError."""
+        path = self.paths.get(ah_number)
+        if path is None:
+            raise ProtectionError(f"no address handle {ah_number} in this protection domain")
+        return path
 
     # -- windows (IBA 10.6.7; the rules that rxe checks) -----------------------------------------------------------
 

@@ -45,6 +45,13 @@ class RequestFault(Exception):
         self.event = event
 
 
+class ReceiveTooShort(RequestFault):
+    """The posted receive does not hold the message: RC's is NAKed (rxe: remote operational), others' is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_QP_OP_ERR, QpEvent.QP_FATAL)
+
+
 def invalid_request() -> RequestFault:
     return RequestFault(NAK_INVALID_REQUEST, WcStatus.REM_INV_REQ_ERR, QpEvent.QP_REQ_ERR)
 

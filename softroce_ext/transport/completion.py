@@ -71,10 +71,22 @@ def retire_oldest(qp: QueuePair, now: float) -> None:
 
 
 def complete_receive(
-    qp: QueuePair, now: float, opcode: int, byte_len: int, imm: int, wc_flags: int, solicited: bool
+    qp: QueuePair,
+    now: float,
+    opcode: int,
+    byte_len: int,
+    imm: int,
+    wc_flags: int,
+    solicited: bool,
+    source_qpn: int | None = None,
 ) -> None:
-    """HOT. The receive in use is complete: give its slot back, then (deferred) publish its completion."""
+    """HOT. The receive in use is complete: give its slot back, then (deferred) publish its completion.
+
+    source_qpn: of a datagram; a connection's is the partner's.
+    """
     context = qp.context
+    if source_qpn is None:
+        source_qpn = context.destination_qpn
     receive = context.recv_wqe
     if receive is None:
         return
@@ -85,8 +97,7 @@ def complete_receive(
     _note_completion(qp, now)
     qp.engine.completions.append(
         (
-            qp, qp.recv_cq, receive.wr_id, 0, opcode, byte_len, imm, context.qpn, context.destination_qpn,
-            wc_flags, solicited,
+            qp, qp.recv_cq, receive.wr_id, 0, opcode, byte_len, imm, context.qpn, source_qpn, wc_flags, solicited,
         )
     )  # fmt: skip
 

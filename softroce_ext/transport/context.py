@@ -79,8 +79,9 @@ Answer = Acknowledge | ReadAnswer | AtomicAnswer
 
 @dataclass(slots=True)
 class QpContext:
-    """All state of one RC queue pair. PSNs are 24-bit, times are seconds on the caller's clock (None: not set).
+    """All state of one queue pair; UC and UD use a part of it.
 
+    PSNs are 24-bit, times are seconds on the caller's clock (None: not set).
     DEVICE creates it in RESET and changes attributes only through `QueuePair.modify`.
     """
 
@@ -90,7 +91,7 @@ class QpContext:
     srq: bool = False
     """The receive queue is shared: it is not flushed, and a fetched receive is retired at once."""
     qp_type: int = 2
-    """enum ib_qp_type: 2 is RC."""
+    """enum ib_qp_type (verbs.QpType): 2 RC, 3 UC, 4 UD."""
 
     # --- attributes (names of ibv_qp_attr) ---
     state: int = QpState.RESET

@@ -9,12 +9,21 @@ from typing import Protocol
 
 from softroce_ext.transport.answers import RequestFault, refuse, withdraw
 from softroce_ext.transport.completion import enter_error
+from softroce_ext.transport.datagram import DatagramQueuePair
+from softroce_ext.transport.gsi import Gsi
 from softroce_ext.transport.interfaces import CompletionQueue, Memory, MemoryFault
 from softroce_ext.transport.qp import QueuePair
 from softroce_ext.transport.timers import on_timer
+from softroce_ext.transport.unreliable import UnreliableQueuePair
 from softroce_ext.transport.verbs import QpEvent, WcStatus
-from softroce_ext.wire.frame import Buffer, Path, parse
-from softroce_ext.wire.headers import NAK_REMOTE_OPERATIONAL
+from softroce_ext.wire.frame import Buffer, Packet, Path, parse
+from softroce_ext.wire.headers import GSI_QPN, MULTICAST_QPN, NAK_REMOTE_OPERATIONAL
+
+SERVICES = (QueuePair, UnreliableQueuePair, DatagramQueuePair)
+"""The classes of queue pairs; importing them is what lets `QueuePair` make each."""
+
+V4_MAPPED = bytes(10) + b"\xff\xff"
+"""What comes before an IPv4 address in a GID."""
 
 
 class FrameSink(Protocol):
@@ -28,6 +37,16 @@ class FrameSink(Protocol):
 
         headers: BTH and extended headers; payload: may be empty, valid only during this call; pad: 0..3.
         """
+
+
+class Sender(Protocol):
+    """What gets turns to send: a queue pair, or QP1."""
+
+    ready: bool
+    more: bool
+
+    def transmit(self, now: float, sink: FrameSink, budget: int) -> int: ...
+    def make_ready(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -81,7 +100,13 @@ class Engine:
         self.counters: dict[str, int] = defaultdict(int)
         """Counts by name, rxe's hw_counters names where they exist; callers may add their own."""
         self.qps: dict[int, QueuePair] = {}
-        self.ready: deque[QueuePair] = deque()
+        self.port_mtu = 4096
+        """Bytes of the longest datagram: the port's active MTU, which the caller sets."""
+        self.gsi = Gsi(self)
+        """QP1."""
+        self.multicast: dict[bytes, list[QueuePair]] = {}
+        """UD queue pairs by the GID (16 bytes) of the groups that they are in; the caller keeps it."""
+        self.ready: deque[Sender] = deque()
         """Queue pairs that may have something to send, in turn."""
         self.touched: list[QueuePair] = []
         """Queue pairs that received something in this batch."""
@@ -124,9 +149,24 @@ class Engine:
         counters["rcvd_pkts"] += 1
         qp = self.qps.get(packet.destination_qpn)
         if qp is None:
-            counters["refused_qpn"] += 1
+            self._special(packet, now)
             return
         qp.receive(packet, now)
+
+    def _special(self, packet: Packet, now: float) -> None:
+        """A packet for no queue pair of a program: QP1's, a multicast group's, or nobody's."""
+        number = packet.destination_qpn
+        if number == GSI_QPN:
+            self.gsi.receive(packet, now)
+            return
+        members: list[QueuePair] = []
+        if number == MULTICAST_QPN:
+            group = packet.destination_ip
+            members = self.multicast.get(group if len(group) == 16 else V4_MAPPED + group, members)
+        if not members:
+            self.counters["refused_qpn"] += 1
+        for qp in members:
+            qp.receive(packet, now)
 
     def end_of_batch(self, now: float) -> None:
         """Flush memory, then publish the batch's completions and queue its (coalesced) ACKs."""

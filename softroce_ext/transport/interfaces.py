@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from softroce_ext.wire.path import Path
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -120,6 +122,12 @@ class ProtectionDomain(Protocol):
 
     def remote(self, rkey: int, address: int, length: int, access: int) -> tuple[Memory, int]:
         """As `local`, for a remote key (a memory region or window). Raises ProtectionError."""
+
+    def address(self, ah_number: int) -> Path:
+        """The path to an address handle's destination; its UDP source port is the sender's to choose.
+
+        Raises ProtectionError when this domain has no such address handle.
+        """
 
     def invalidate(self, rkey: int, qpn: int) -> None:
         """The partner's SEND_WITH_INV ends the use of `rkey` for queue pair `qpn`. Raises ProtectionError."""

@@ -1,9 +1,12 @@
-"""A queue pair: its context, and the queues, memory and path that it was handed."""
+"""A queue pair: its context, and the queues, memory and path that it was handed.
+
+`QueuePair` is the reliable connection and what all services share; `unreliable` and `datagram` are the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from softroce_ext.transport import answers, completer, completion, migros, requester, responder, retry, states
 from softroce_ext.transport.context import QpContext, SendRecord
@@ -17,9 +20,10 @@ from softroce_ext.transport.interfaces import (
 )
 from softroce_ext.transport.scatter import Segment
 from softroce_ext.transport.states import InvalidTransition
-from softroce_ext.transport.verbs import QpState
+from softroce_ext.transport.verbs import QpState, QpType
+from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Packet, Path
-from softroce_ext.wire.headers import MIGROS_CAPABLE, PKEY_DEFAULT
+from softroce_ext.wire.headers import ACK_REQ, MIGROS_CAPABLE, PKEY_DEFAULT
 from softroce_ext.wire.opcodes import FLAGS, OpFlag
 
 if TYPE_CHECKING:
@@ -36,9 +40,10 @@ _PKEY = PKEY_DEFAULT & 0x7FFF
 
 
 class QueuePair:
-    """One RC queue pair. Create it, `engine.add_qp(qp)`, then `modify` it through its states.
+    """One queue pair. Create it, `engine.add_qp(qp)`, then `modify` it through its states.
 
     What it remembers is in `context`; the other fields are handed in, or caches that live no longer than a batch.
+    `QueuePair(context, …)` makes one of the class that gives the service `context.qp_type`: this one for RC.
     """
 
     __slots__ = (
@@ -69,6 +74,20 @@ class QueuePair:
     engine: Engine
     config: EngineConfig
     counters: dict[str, int]
+
+    service: ClassVar[int] = op.RC
+    """The opcodes' top three bits."""
+    ack_request: ClassVar[int] = ACK_REQ
+    """What a message's last packet says in BTH byte 8: acknowledge me."""
+    announces_migros: ClassVar[bool] = True
+
+    _classes: ClassVar[dict[int, type[QueuePair]]] = {}
+
+    def __init_subclass__(cls, qp_type: QpType) -> None:
+        QueuePair._classes[qp_type] = cls
+
+    def __new__(cls, context: QpContext, *_: Any) -> QueuePair:
+        return object.__new__(QueuePair._classes.get(context.qp_type, cls))
 
     def __init__(
         self,
@@ -120,7 +139,7 @@ class QueuePair:
         emptying the queues is the caller's part.
         """
         context = self.context
-        target = states.check(context.state, attributes)
+        target = states.check(context.state, attributes, context.qp_type)
         if target == QpState.RESET:
             self._reset()
             return
@@ -173,7 +192,7 @@ class QueuePair:
         self.engine = engine
         self.config = engine.config
         self.counters = engine.counters
-        self.capability = MIGROS_CAPABLE if engine.config.migros else 0
+        self.capability = MIGROS_CAPABLE if engine.config.migros and self.announces_migros else 0
         self._derive()
         context = self.context
         for deadline in (

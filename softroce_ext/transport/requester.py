@@ -82,7 +82,7 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
             wqe = qp.send_queue.fetch()
             if wqe is None:
                 return sent
-            record = _admit(context, wqe)
+            record = admit(context, wqe)
             if record.status:
                 settle(qp, now)
                 return sent
@@ -96,7 +96,7 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
             if record.done:
                 context.cursor += 1  # gone back over it: once is enough
                 continue
-            _local_operation(qp, record, now)
+            local_operation(qp, record, now)
             continue
         room = window - (context.send_psn - context.una_psn & PSN_MASK)
         if room <= 0:
@@ -106,7 +106,7 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
                 _send_read(qp, record, sink)
                 count = 1
             else:
-                count = _send_data(qp, record, sink, min(budget - sent, room))
+                count = send_data(qp, record, sink, min(budget - sent, room))
         except (ProtectionError, MemoryFault, ValueError):
             record.status = WcStatus.LOC_PROT_ERR
         if record.status:
@@ -119,7 +119,7 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
     return sent
 
 
-def _admit(context: QpContext, wqe: SendWqe) -> SendRecord:
+def admit(context: QpContext, wqe: SendWqe) -> SendRecord:
     """HOT. Give a fetched request its PSNs and put it behind the others."""
     opcode = wqe.opcode
     packets = 1
@@ -145,7 +145,7 @@ def _admit(context: QpContext, wqe: SendWqe) -> SendRecord:
     return record
 
 
-def _local_operation(qp: QueuePair, record: SendRecord, now: float) -> None:
+def local_operation(qp: QueuePair, record: SendRecord, now: float) -> None:
     """LOCAL_INV and BIND_MW: done by the device when their turn to be sent comes."""
     try:
         qp.pd.local_operation(record.wqe, qp.context.qpn)
@@ -189,14 +189,17 @@ def _send_read(qp: QueuePair, record: SendRecord, sink: FrameSink) -> None:
     _sent_up_to(qp, 1, record.first_psn + record.packets & PSN_MASK)
 
 
-def _send_data(
+def send_data(
     qp: QueuePair,
     record: SendRecord,
     sink: FrameSink,
     limit: int,
     _bth: Any = BTH.pack,
 ) -> int:
-    """HOT. Up to `limit` packets of a SEND or WRITE from `send_psn` on; returns how many. One read of the memory."""
+    """HOT. Up to `limit` packets of a SEND or WRITE from `send_psn` on; returns how many. One read of the memory.
+
+    Raises ProtectionError, MemoryFault or ValueError when the data cannot be had.
+    """
     context = qp.context
     wqe = record.wqe
     mtu = context.path_mtu
@@ -210,24 +213,21 @@ def _send_data(
     length = wqe.length - begin
     if length > count * mtu:
         length = count * mtu
-    if wqe.inline is not None:
-        data = memoryview(wqe.inline)[begin : begin + length]
-        if len(data) != length:
-            raise ValueError("inline data are shorter than the message")
-    else:
-        data = memoryview(gather(qp.pd, wqe.sges, begin, length))
+    data = message_data(qp, wqe, begin, length)
     path = context.path
     assert path is not None
     add = sink.add
     remote = context.destination_qpn
-    capability = qp.capability
+    capability = qp.capability << 24
+    asking = (qp.ack_request | qp.capability) << 24
+    service = qp.service
     noack = context.noack_packets
     every = qp.config.packets_per_ackreq
     if 3 * every > 2 * qp.engine.window:  # else the sender would wait for an ACK that nobody was asked for
         every = qp.engine.window // 2
     codes = SEGMENTATION[wqe.opcode]
     last = packets - 1
-    middle = codes.middle << 24 | PKEY_DEFAULT
+    middle = (codes.middle | service) << 24 | PKEY_DEFAULT
     offset = 0
     for index in range(at, at + count):
         noack += 1
@@ -235,19 +235,19 @@ def _send_data(
             # By far the most frequent packet: a whole MTU with nothing but the BTH before it.
             if noack >= every:
                 noack = 0
-                third = (ACK_REQ | capability) << 24 | psn
+                third = asking | psn
             else:
-                third = capability << 24 | psn
+                third = capability | psn
             add(path, _bth(middle, remote, third), data[offset : offset + mtu], 0)
         else:
             if index == last or noack >= every:
                 noack = 0
-                third = (ACK_REQ | capability) << 24 | psn
+                third = asking | psn
             else:
-                third = capability << 24 | psn
+                third = capability | psn
             payload = data[offset : offset + mtu]
             pad = -len(payload) & 3
-            add(path, _edge_headers(wqe, codes, index, last, remote, third, pad), payload, pad)
+            add(path, _edge_headers(wqe, codes, service, index, last, remote, third, pad), payload, pad)
         offset += mtu
         psn = psn + 1 & PSN_MASK
     context.noack_packets = noack
@@ -257,14 +257,26 @@ def _send_data(
     return count
 
 
-def _edge_headers(wqe: SendWqe, codes: Segmentation, index: int, last: int, remote: int, third: int, pad: int) -> bytes:
+def message_data(qp: QueuePair, wqe: SendWqe, begin: int, length: int) -> memoryview:
+    """HOT. Bytes begin..begin+length of a message; valid until the memory's next read. Raises as `send_data`."""
+    if wqe.inline is None:
+        return memoryview(gather(qp.pd, wqe.sges, begin, length))
+    data = memoryview(wqe.inline)[begin : begin + length]
+    if len(data) != length:
+        raise ValueError("inline data are shorter than the message")
+    return data
+
+
+def _edge_headers(
+    wqe: SendWqe, codes: Segmentation, service: int, index: int, last: int, remote: int, third: int, pad: int
+) -> bytes:
     """Headers of a message's first, last or only packet."""
     if index < last:
         opcode = codes.first
-        first = opcode << 24 | PKEY_DEFAULT
+        first = (opcode | service) << 24 | PKEY_DEFAULT
     else:
         opcode = codes.only if index == 0 else codes.last
-        first = opcode << 24 | pad << PAD_SHIFT | PKEY_DEFAULT
+        first = (opcode | service) << 24 | pad << PAD_SHIFT | PKEY_DEFAULT
         if wqe.flags & _SOLICITED_FLAG:
             first |= SOLICITED
     if opcode in (op.WRITE_FIRST, op.WRITE_ONLY):

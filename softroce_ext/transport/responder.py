@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from softroce_ext.transport import migros
 from softroce_ext.transport.answers import (
+    ReceiveTooShort,
     RequestFault,
     flush_ack,
     invalid_request,
@@ -91,9 +92,9 @@ def receive_request(qp: QueuePair, packet: Packet, flags: int, now: float) -> No
         return
     try:
         if flags & _WRITE:
-            done = _write(qp, packet, flags, now)
+            done = write(qp, packet, flags, now)
         elif flags & _SEND:
-            done = _send(qp, packet, flags, now)
+            done = send(qp, packet, flags, now)
         elif flags & _READ:
             done = _read(qp, packet)
         else:
@@ -153,7 +154,7 @@ def _duplicate(qp: QueuePair, packet: Packet, flags: int) -> None:
     context.answers.append(ReadAnswer(resource, index))
 
 
-def _write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
+def write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
     """HOT. One packet of an RDMA WRITE. Returns 1, or 0 when it was not executed (RNR)."""
     context = qp.context
     payload = packet.payload
@@ -176,7 +177,7 @@ def _write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
             raise invalid_request()
     elif length != context.path_mtu or length >= left:  # so a LAST has at least one byte
         raise invalid_request()
-    if flags & _IMM and context.recv_wqe is None and not _fetch_receive(qp, packet.psn):
+    if flags & _IMM and context.recv_wqe is None and not fetch_receive(qp, packet.psn):
         return 0
     if length:
         target = qp.write_target
@@ -211,7 +212,7 @@ def _write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
     return 1
 
 
-def _send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
+def send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
     """HOT. One packet of a SEND. Returns 1, or 0 when no receive is posted (RNR)."""
     context = qp.context
     if bool(flags & _START) == bool(context.message) or context.message == _WRITE:
@@ -224,7 +225,7 @@ def _send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
     elif length > context.path_mtu or (length == 0 and not flags & _START):
         raise invalid_request()
     if flags & _START:
-        if not _fetch_receive(qp, packet.psn):
+        if context.recv_wqe is None and not fetch_receive(qp, packet.psn):  # UC: one may be left of a message cut short
             return 0
         context.recv_offset = 0
     receive = context.recv_wqe
@@ -232,7 +233,7 @@ def _send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
         raise remote_operational()
     offset = context.recv_offset
     if offset + length > receive.length:
-        raise remote_operational()
+        raise ReceiveTooShort
     if length:
         segments = qp.recv_segments
         if segments is None:
@@ -273,11 +274,14 @@ def _send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
     return 1
 
 
-def _fetch_receive(qp: QueuePair, psn: int) -> bool:
-    """Take a posted receive into use. When there is none, queue an RNR NAK and return False."""
+def fetch_receive(qp: QueuePair, psn: int) -> bool:
+    """Take a posted receive into use. When there is none, return False, and have RC queue an RNR NAK."""
     context = qp.context
     receive = qp.receive_queue.fetch()
     if receive is None:
+        if not qp.ack_request:
+            qp.counters["dropped_no_receive"] += 1
+            return False
         qp.counters["send_rnr_err"] += 1
         flush_ack(qp)
         # Packets behind this one are ahead of what is expected now: they are dropped in silence.

@@ -1,11 +1,11 @@
-"""The queue pair's states and which attributes each transition needs and allows (IBA 11.2.5.2, table 91, RC)."""
+"""The queue pair's states and which attributes each transition needs and allows (IBA 11.2.5.2, table 91)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from softroce_ext.transport.verbs import QpState
+from softroce_ext.transport.verbs import QpState, QpType
 from softroce_ext.wire.frame import Path
 from softroce_ext.wire.headers import PSN_MASK
 
@@ -25,9 +25,14 @@ def _row(required: str = "", optional: str = "") -> Transition:
     return Transition(frozenset(required.split()), frozenset(optional.split()))
 
 
-_R, _I, _RTR, _RTS, _SQD, _ERR = (
-    QpState.RESET, QpState.INIT, QpState.RTR, QpState.RTS, QpState.SQD, QpState.ERR,
+_R, _I, _RTR, _RTS, _SQD, _SQE, _ERR = (
+    QpState.RESET, QpState.INIT, QpState.RTR, QpState.RTS, QpState.SQD, QpState.SQE, QpState.ERR,
 )  # fmt: skip
+
+_ALWAYS: dict[tuple[QpState, QpState], Transition] = {
+    (state, target): _row() for state in QpState for target in (_R, _ERR)
+}
+"""From every state to RESET and to ERR, with no attributes."""
 
 TRANSITIONS: dict[tuple[QpState, QpState], Transition] = {
     (_R, _I): _row("pkey_index port_num qp_access_flags"),
@@ -48,18 +53,47 @@ TRANSITIONS: dict[tuple[QpState, QpState], Transition] = {
         "port_num path timeout retry_cnt rnr_retry max_rd_atomic max_dest_rd_atomic alt_path qp_access_flags "
         "pkey_index min_rnr_timer path_mig_state",
     ),
-    **{(state, target): _row() for state in QpState for target in (_R, _ERR)},
+    **_ALWAYS,
 }
 """RC's transitions. SQE is a state of UC and UD only: an RC queue pair goes to ERR."""
 
+TRANSITIONS_UC: dict[tuple[QpState, QpState], Transition] = {
+    (_R, _I): _row("pkey_index port_num qp_access_flags"),
+    (_I, _I): _row("", "pkey_index port_num qp_access_flags"),
+    (_I, _RTR): _row("path path_mtu destination_qpn rq_psn", "alt_path qp_access_flags pkey_index"),
+    (_RTR, _RTS): _row("sq_psn", "alt_path qp_access_flags path_mig_state"),
+    (_RTS, _RTS): _row("", "qp_access_flags alt_path path_mig_state"),
+    (_RTS, _SQD): _row("", "en_sqd_async_notify"),
+    (_SQD, _RTS): _row("", "alt_path qp_access_flags path_mig_state"),
+    (_SQD, _SQD): _row("", "path alt_path qp_access_flags pkey_index path_mig_state"),
+    (_SQE, _RTS): _row("", "qp_access_flags"),
+    **_ALWAYS,
+}
+TRANSITIONS_UD: dict[tuple[QpState, QpState], Transition] = {
+    (_R, _I): _row("pkey_index port_num qkey"),
+    (_I, _I): _row("", "pkey_index port_num qkey"),
+    (_I, _RTR): _row("", "pkey_index qkey"),
+    (_RTR, _RTS): _row("sq_psn", "qkey"),
+    (_RTS, _RTS): _row("", "qkey"),
+    (_RTS, _SQD): _row("", "en_sqd_async_notify"),
+    (_SQD, _RTS): _row("", "qkey"),
+    (_SQD, _SQD): _row("", "pkey_index qkey"),
+    (_SQE, _RTS): _row("", "qkey"),
+    **_ALWAYS,
+}
+
+BY_TYPE = {QpType.RC: TRANSITIONS, QpType.UC: TRANSITIONS_UC, QpType.UD: TRANSITIONS_UD}
+"""The transitions of each type of queue pair."""
+
 ATTRIBUTES = frozenset({"qp_state", "cur_qp_state"}).union(
-    *(row.required | row.optional for row in TRANSITIONS.values())
+    *(row.required | row.optional for table in BY_TYPE.values() for row in table.values())
 )
 """Names that `QueuePair.modify` takes. `path` is a wire.frame.Path (the address vector, resolved), `path_mtu` bytes;
 `alt_path` is accepted and ignored (automatic path migration is not done), `cur_qp_state` is checked."""
 
 _LIMITS: dict[str, int] = {
     "qp_access_flags": 0xFFFFFFFF,
+    "qkey": 0xFFFFFFFF,
     "pkey_index": 0xFFFF,
     "destination_qpn": PSN_MASK,
     "rq_psn": PSN_MASK,
@@ -77,7 +111,7 @@ _LIMITS: dict[str, int] = {
 MTUS = (256, 512, 1024, 2048, 4096)
 
 
-def check(state: int, attributes: Mapping[str, Any]) -> QpState:
+def check(state: int, attributes: Mapping[str, Any], qp_type: int = QpType.RC) -> QpState:
     """The state that `modify` with these attributes leads to from `state`. Raises InvalidTransition."""
     unknown = set(attributes) - ATTRIBUTES
     if unknown:
@@ -88,7 +122,7 @@ def check(state: int, attributes: Mapping[str, Any]) -> QpState:
         current, target = QpState(state), QpState(attributes.get("qp_state", state))
     except ValueError as error:
         raise InvalidTransition(str(error)) from None
-    row = TRANSITIONS.get((current, target))
+    row = BY_TYPE[QpType(qp_type)].get((current, target))
     if row is None:
         raise InvalidTransition(f"no transition from {current.name} to {target.name}")
     given = set(attributes) - {"qp_state", "cur_qp_state"}

@@ -17,6 +17,15 @@ class QpState(IntEnum):
     ERR = 6
 
 
+class QpType(IntEnum):
+    """enum ib_qp_type: the service that a queue pair gives."""
+
+    GSI = 1
+    RC = 2
+    UC = 3
+    UD = 4
+
+
 class WrOpcode(IntEnum):
     """enum ib_wr_opcode: what a send work request asks for."""
 

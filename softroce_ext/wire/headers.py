@@ -22,6 +22,11 @@ BTH_ATOMIC_ETH = Struct(">IIIQIQQ")
 BTH_AETH = Struct(">IIII")
 BTH_AETH_ATOMIC = Struct(">IIIIQ")
 
+BTH_DETH = Struct(">IIIII")
+BTH_DETH_IMM = Struct(">IIIII4s")
+
+DETH = Struct(">II")
+"""Q_Key, source QPN (low 24 bits)."""
 RETH = Struct(">QII")
 """Virtual address, rkey, DMA length."""
 ATOMIC_ETH = Struct(">QIQQ")
@@ -36,6 +41,14 @@ SOLICITED = 0x80 << 16
 """The solicited-event bit in the BTH's first word."""
 PAD_SHIFT = 20
 """The pad count's place in the BTH's first word."""
+
+GSI_QPN = 1
+"""The general services interface: where every port's management datagrams go (IBA 3.9.5)."""
+GSI_QKEY = 0x80010000
+"""Its well-known Q_Key (IBA 10.2.5)."""
+QKEY_PRIVILEGED = 0x80000000
+"""A work request's Q_Key with this bit means the queue pair's own (IBA 10.2.5): programs cannot forge it."""
+MULTICAST_QPN = 0xFFFFFF
 
 ACK_REQ = 0x80
 """AckReq, in BTH byte 8. The byte's other seven bits are reserved: stock NICs send 0 and ignore them."""

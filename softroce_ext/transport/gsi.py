@@ -1,0 +1,91 @@
+"""QP1, the general services interface: management datagrams (MADs) of 256 bytes, for the connection manager.
+
+No program owns it. What uses it hands MADs in (`send`) and takes them (`on_mad`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from softroce_ext.wire import opcodes as op
+from softroce_ext.wire.frame import Packet, datagram_source_port
+from softroce_ext.wire.headers import ACK_REQ, BTH_DETH, DETH, GSI_QKEY, GSI_QPN, PKEY_DEFAULT, PSN_MASK
+from softroce_ext.wire.path import Path
+
+if TYPE_CHECKING:
+    from softroce_ext.transport.engine import Engine, FrameSink
+
+MAD_BYTES = 256
+MAX_WAITING = 4096
+"""MADs that may wait to be sent; their senders repeat them, so more are dropped."""
+
+_FIRST_WORD = (op.UD | op.SEND_ONLY) << 24 | PKEY_DEFAULT
+_PKEY = PKEY_DEFAULT & 0x7FFF
+_SOURCE_PORT = datagram_source_port(GSI_QPN)
+
+OnMad = Callable[[Packet, int, memoryview, float], None]
+"""packet (its addresses and MAC say whence), source QPN, MAD (valid during the call only), now."""
+
+
+class Gsi:
+    """QP1 of an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waiting: deque[tuple[Path, int, bytes]] = deque()
+        self._psn = 0
+        self.ready = False
+        self.more = False
+        self.on_mad: OnMad | None = None
+        """Takes each valid MAD; while it is None they are counted as refused."""
+
+    def send(self, path: Path, mad: bytes, destination_qpn: int = GSI_QPN) -> None:
+        """Queue one MAD of 256 bytes for `destination_qpn` at the end of `path` (whose UDP source port is not used)."""
+        if len(mad) != MAD_BYTES:
+            raise ValueError(f"a MAD has {MAD_BYTES} bytes, not {len(mad)}")
+        if len(self._waiting) >= MAX_WAITING:
+            self._engine.counters["dropped_mad"] += 1
+            return
+        if path.udp_source_port != _SOURCE_PORT:
+            path = path.replace(udp_source_port=_SOURCE_PORT)
+        self._waiting.append((path, destination_qpn, bytes(mad)))
+        if not self.ready:
+            self.ready = True
+            self._engine.ready.append(self)
+
+    def receive(self, packet: Packet, now: float) -> None:
+        """Take a packet for QP1; never raises for what is in it (what `on_mad` raises passes through)."""
+        counters = self._engine.counters
+        if packet.opcode != op.UD | op.SEND_ONLY:
+            counters["refused_state"] += 1
+        elif packet.first_word & 0x7FFF != _PKEY:
+            counters["refused_pkey"] += 1
+        else:
+            qkey, source = DETH.unpack_from(packet.raw, packet.headers_at)
+            if qkey != GSI_QKEY:
+                counters["refused_qkey"] += 1
+            elif len(packet.payload) != MAD_BYTES or self.on_mad is None:
+                counters["refused_mad"] += 1
+            else:
+                self.on_mad(packet, source & 0xFFFFFF, packet.payload, now)
+
+    def transmit(self, now: float, sink: FrameSink, budget: int) -> int:
+        """Send up to `budget` MADs; returns how many."""
+        sent = 0
+        while self._waiting and sent < budget:
+            path, destination, mad = self._waiting.popleft()
+            # rxe asks for acknowledgement in its MADs, and nobody gives any.
+            third = ACK_REQ << 24 | self._psn
+            sink.add(path, BTH_DETH.pack(_FIRST_WORD, destination, third, GSI_QKEY, GSI_QPN), mad, 0)
+            self._psn = self._psn + 1 & PSN_MASK
+            sent += 1
+        self.more = bool(self._waiting)
+        return sent
+
+    def make_ready(self) -> None:
+        """Have the engine give QP1 a turn to send."""
+        if not self.ready:
+            self.ready = True
+            self._engine.ready.append(self)
