@@ -5,12 +5,15 @@ Run `PYTHONPATH=. python docs/make_state_diagrams.py` after the table changed; a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from softroce_ext.transport.states import TRANSITIONS, Transition
+from softroce_ext.transport.states import BY_TYPE, Transition
 from softroce_ext.transport.verbs import QpState
 
 TARGET = Path(__file__).parent / "qp-states.md"
+Table = Mapping[tuple[QpState, QpState], Transition]
+
 FROM_ANYWHERE = (QpState.RESET, QpState.ERR)
 """Allowed from every state: one note in place of an arrow from each."""
 
@@ -23,22 +26,22 @@ flags beside them: [wire-protocol.md](wire-protocol.md#states).
 """
 
 
-def diagram() -> str:
+def diagram(transitions: Table) -> str:
     """A Mermaid state diagram: every transition but those that are allowed from anywhere."""
     lines = ["```mermaid", "stateDiagram-v2", "    [*] --> RESET"]
-    for current, target in TRANSITIONS:
+    for current, target in transitions:
         if target not in FROM_ANYWHERE:
             lines.append(f"    {current.name} --> {target.name}")
-    if (QpState.RTS, QpState.ERR) in TRANSITIONS:
+    if (QpState.RTS, QpState.ERR) in transitions:
         lines.append("    RTS --> ERR: any state, also by a fatal error")
     lines += ["    ERR --> RESET: any state", "```"]
     return "\n".join(lines)
 
 
-def table() -> str:
+def table(transitions: Table) -> str:
     """What each transition needs and takes."""
     rows = ["| from | to | must be given | may be given |", "| --- | --- | --- | --- |"]
-    for (current, target), row in TRANSITIONS.items():
+    for (current, target), row in transitions.items():
         if target in FROM_ANYWHERE:
             continue
         rows.append(f"| {current.name} | {target.name} | {_names(row, True)} | {_names(row, False)} |")
@@ -53,12 +56,13 @@ def _names(row: Transition, required: bool) -> str:
 
 def document() -> str:
     """The whole file."""
-    everywhere = [
-        (state, target) for state in QpState for target in FROM_ANYWHERE if (state, target) not in TRANSITIONS
-    ]
-    if everywhere:
-        raise SystemExit(f"the diagram says 'any state', but the table lacks {everywhere}")
-    return f"{HEAD}\n{diagram()}\n\n{table()}\n"
+    parts = [HEAD]
+    for kind, transitions in BY_TYPE.items():
+        missing = [(state, to) for state in QpState for to in FROM_ANYWHERE if (state, to) not in transitions]
+        if missing:
+            raise SystemExit(f"the diagram says 'any state', but {kind.name}'s table lacks {missing}")
+        parts.append(f"## {kind.name}\n\n{diagram(transitions)}\n\n{table(transitions)}\n")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
