@@ -12,6 +12,7 @@ from softroce_ext.control import Respond
 from softroce_ext.device import checkpoint, image
 from softroce_ext.device.context import Context
 from softroce_ext.device.errors import ImageError, StateError
+from softroce_ext.uverbs import hw_counters
 from softroce_ext.uverbs.server import inner_pid_of
 
 if TYPE_CHECKING:
@@ -81,21 +82,13 @@ class Management:
             "addresses": [socket.inet_ntoa(ip) for ip in nic.adapter.addresses()],
             "migros": nic.config.migros,
             "contexts": [context.summary() for context in nic.adapter.contexts.values()],
-            "counters": self._counters(),
+            "counters": nic.counters(),
+            "hw_counters": hw_counters.rxe_view(nic.counters()),
         }
 
     def counters(self, _: Arguments, __: Respond) -> dict[str, Any]:
-        return {"counters": self._counters()}
-
-    def _counters(self) -> dict[str, int]:
-        port = self._nic.port
-        counters = dict(self._nic.engine.counters)
-        for name in ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "tx_busy"):
-            counters[name] = getattr(port, name)
-        if port.impairment is not None:
-            for name in ("lost", "duplicated", "reordered", "corrupted"):
-                counters[f"impairment_{name}"] = getattr(port.impairment, name)
-        return counters
+        counters = self._nic.counters()
+        return {"counters": counters, "hw_counters": hw_counters.rxe_view(counters)}
 
     def gaps(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
         """Longest gap between completions, of each queue pair and of each context (seconds, CLOCK_MONOTONIC)."""

@@ -28,6 +28,7 @@ from softroce_ext.neighbours import Neighbours
 from softroce_ext.port import BATCH, Port
 from softroce_ext.transport.engine import Engine, EngineConfig
 from softroce_ext.uverbs.channel import FileChannel
+from softroce_ext.uverbs.hw_counters import CounterFiles
 from softroce_ext.uverbs.server import CommandServer
 from softroce_ext.uverbs.sysfs import SysfsPicture
 
@@ -87,6 +88,7 @@ class Nic:
         clear(run)
         self.sysfs = SysfsPicture(run, self.adapter, config.interface)
         self.sysfs.create()
+        self._counter_files = CounterFiles(self.sysfs.port, self.counters)
         self.adapter.gid_listeners.append(self._gid_changed)
 
         self._epoll = select.epoll()
@@ -104,6 +106,17 @@ class Nic:
         self._trace_file: Any = None
         if config.trace:
             self.trace_to(config.trace)
+
+    def counters(self) -> dict[str, int]:
+        """Every count of engine, port and impairment, by name."""
+        port = self.port
+        counters = dict(self.engine.counters)
+        for name in ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "tx_busy", "tx_errors"):
+            counters[name] = getattr(port, name)
+        if port.impairment is not None:
+            for name in ("lost", "duplicated", "reordered", "corrupted"):
+                counters[f"impairment_{name}"] = getattr(port.impairment, name)
+        return counters
 
     # -- what the parts call ---------------------------------------------------------------------------------------
 
@@ -258,6 +271,7 @@ class Nic:
         gc.freeze()
         monotonic = time.monotonic
         spin = self.config.spin
+        files = self._counter_files
         while not self._stopping:
             self._sleep(monotonic())
             worked = 0.0
@@ -265,9 +279,13 @@ class Nic:
                 now = monotonic()
                 if self._round(now):
                     worked = now
+                    if now >= files.due:
+                        files.write(now)
                 if not self._dispatch(0) and now - worked >= spin and not self._more():
                     break
                 self._chores(now)
+            if worked:
+                files.stale = True
 
     def _more(self) -> bool:
         """Whether another round would have something to do, as far as one can see without asking the kernel."""
@@ -332,6 +350,8 @@ class Nic:
         self._chores(now)
         if self.port.capture is not None:
             self.port.capture.flush()
+        if now >= self._counter_files.due:
+            self._counter_files.write(now)
         self._dispatch(self._timeout(now))
 
     def _chores(self, now: float) -> None:
@@ -353,6 +373,8 @@ class Nic:
             late = self.port.impairment.next_time()
             if late is not None:
                 timeout = min(timeout, late - now)
+        if self._counter_files.stale:
+            timeout = min(timeout, self._counter_files.due - now)
         if self.commands.waiting or self._waits:
             timeout = min(timeout, NEIGHBOUR_POLL)
         return max(0.0, timeout)
@@ -362,6 +384,7 @@ class Nic:
         for context in list(self.adapter.contexts.values()):
             self.unwatch_context(context)
             self.adapter.forget(context)
+        self._counter_files.close()
         self.control.close()
         self.commands.close()
         self.neighbours.close()

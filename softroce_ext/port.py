@@ -117,6 +117,8 @@ class Port:
         self.tx_packets = self.tx_bytes = self.rx_packets = self.rx_bytes = 0
         self.tx_busy = 0
         """Times that the socket was full."""
+        self.tx_errors = 0
+        """Frames that the interface did not take (it is down, or they are too long for it)."""
         self._out, self._in = _Arena(), _Arena()
         self._filled = self._sent = 0
         self._out_views = self._out.views
@@ -196,6 +198,7 @@ class Port:
                     self.tx_busy += 1
                     self._sent = sent
                     return False
+                self.tx_errors += 1
                 done = 1  # the interface is down or the frame too long for it: that frame is lost, as on a cable
             sent += done
         self._account()

@@ -289,9 +289,12 @@ def _nak(qp: QueuePair, packet: Packet, syndrome: int, now: float) -> None:
         acknowledge(qp, psn, now)
         migros.pause(qp, psn, now)
         return
+    before = context.una_psn
     complete = acknowledge(qp, psn, now)
     if syndrome == NAK_PSN_SEQUENCE:
-        qp.counters["packet_seq_err"] += 1
+        qp.counters["rcvd_nak_sequence"] += 1
+        if psn != before:
+            qp.counters["rcvd_seq_err"] += 1  # rxe counts those only that acknowledge something, too
         if context.rnr_deadline is not None or context.send_psn == context.una_psn:
             return  # about to send from there anyway
         if not complete:

@@ -26,6 +26,7 @@ COMPLETION_OPCODE: dict[int, int] = {
     WrOpcode.BIND_MW: int(WcOpcode.BIND_MW),
 }
 _WITH_IMM = frozenset({int(WrOpcode.RDMA_WRITE_WITH_IMM), int(WrOpcode.SEND_WITH_IMM)})
+_SENDS = frozenset({int(WrOpcode.SEND), int(WrOpcode.SEND_WITH_IMM), int(WrOpcode.SEND_WITH_INV)})
 _IMM_FLAG = int(WcFlag.WITH_IMM)
 _SIGNALED = int(SendFlag.SIGNALED)
 _SEND, _RECV = int(WcOpcode.SEND), int(WcOpcode.RECV)
@@ -59,6 +60,9 @@ def retire_oldest(qp: QueuePair, now: float) -> None:
         if wqe.opcode in READS:
             context.reads_out -= 1
     qp.send_queue.retire()
+    context.completed_sends += 1
+    if wqe.opcode in _SENDS:
+        qp.counters["rdma_sends"] += 1
     _note_completion(qp, now)
     if wqe.flags & _SIGNALED or context.sq_sig_all:
         opcode = wqe.opcode
@@ -94,6 +98,8 @@ def complete_receive(
     qp.recv_segments = None
     if not context.srq:
         qp.receive_queue.retire()
+    context.completed_receives += 1
+    qp.counters["rdma_recvs"] += 1
     _note_completion(qp, now)
     qp.engine.completions.append(
         (
@@ -156,6 +162,8 @@ def flush(qp: QueuePair) -> None:
 def _flush_send(qp: QueuePair, wr_id: int, opcode: int, status: int) -> None:
     """A request comes back with an error."""
     qp.send_queue.retire()
+    if opcode in _SENDS:
+        qp.counters["rdma_sends"] += 1  # rxe counts what came back, however
     qp.engine.completions.append(
         (
             qp, qp.send_cq, wr_id, int(status), COMPLETION_OPCODE.get(opcode, _SEND), 0, 0,

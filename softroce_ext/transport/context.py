@@ -184,10 +184,16 @@ class QpContext:
     """Since when RESUMEs go unanswered."""
     resume_acked_at: float | None = None
 
-    # --- statistics, seconds ---
+    # --- statistics ---
+    completed_sends: int = 0
+    """Send requests that were completed with success, whether or not a completion was asked for."""
+    completed_receives: int = 0
+    retransmits: int = 0
+    """Request packets that were sent again."""
     gap_last: float | None = None
-    """Time of the last completion."""
+    """Time of the last completion, seconds."""
     gap_longest: float = 0.0
+    """Seconds."""
     gap_longest_end: float | None = None
     """Time of the completion that ended the longest gap; None until there were two."""
 

@@ -298,7 +298,9 @@ def _sent_up_to(qp: QueuePair, count: int, psn: int) -> None:
     before = context.send_psn - una & PSN_MASK
     high = context.high_psn - una & PSN_MASK
     if before < high:
-        qp.counters["retransmits"] += min(count, high - before)
+        again = min(count, high - before)
+        qp.counters["retransmits"] += again
+        context.retransmits += again
     context.send_psn = psn
     if (psn - una & PSN_MASK) > high:
         context.high_psn = psn

@@ -112,9 +112,10 @@ def receive_request(qp: QueuePair, packet: Packet, flags: int, now: float) -> No
 def _ahead(qp: QueuePair) -> None:
     """A gap: ask once for the expected PSN."""
     context = qp.context
-    qp.counters["out_of_seq_request"] += 1
     if context.nak_sent or (context.stopped and not migros.speaks(qp)):
+        qp.counters["dropped_ahead"] += 1
         return
+    qp.counters["out_of_seq_request"] += 1
     context.nak_sent = True
     flush_ack(qp)
     context.answers.append(Acknowledge(context.expected_psn, NAK_PSN_SEQUENCE, context.msn))

@@ -24,12 +24,12 @@ def go_back(qp: QueuePair) -> None:
 def take_retry(qp: QueuePair) -> bool:
     """Spend one retry; False when there is none left."""
     context = qp.context
-    qp.counters["completer_retry_err"] += 1
     if context.retry_cnt != INFINITE:
         if context.retry_left == 0:
             qp.counters["retry_exceeded_err"] += 1
             return False
         context.retry_left -= 1
+    qp.counters["completer_retry_err"] += 1
     return True
 
 

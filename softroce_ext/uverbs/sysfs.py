@@ -34,7 +34,8 @@ class SysfsPicture:
         self._dev = run_directory / "dev"
         self._adapter = adapter
         self._interface = interface
-        self._port = self._class / "infiniband" / DEVICE_NAME / "ports" / "1"
+        self.port = self._class / "infiniband" / DEVICE_NAME / "ports" / "1"
+        """The folder of port 1; its counters are `hw_counters.CounterFiles`'."""
 
     def create(self) -> None:
         """Write everything. Must be done before anything can open the device."""
@@ -53,23 +54,23 @@ class SysfsPicture:
             device / "node_desc": DEVICE_NAME,
             device / "fw_ver": "",
             device / "parent": self._interface,
-            self._port / "state": "4: ACTIVE",
-            self._port / "phys_state": "5: LinkUp",
-            self._port / "lid": "0x0",
-            self._port / "lid_mask_count": "0",
-            self._port / "sm_lid": "0x0",
-            self._port / "sm_sl": "0",
-            self._port / "rate": "2.5 Gb/sec (1X SDR)",
-            self._port / "link_layer": "Ethernet",
-            self._port / "cap_mask": f"0x{limits.PORT_CAP_FLAGS:08x}",
-            self._port / "pkeys" / "0": f"0x{limits.DEFAULT_PKEY:04x}",
-            self._port / "mtu": str(limits.MTU_BYTES[mtu]),
+            self.port / "state": "4: ACTIVE",
+            self.port / "phys_state": "5: LinkUp",
+            self.port / "lid": "0x0",
+            self.port / "lid_mask_count": "0",
+            self.port / "sm_lid": "0x0",
+            self.port / "sm_sl": "0",
+            self.port / "rate": "2.5 Gb/sec (1X SDR)",
+            self.port / "link_layer": "Ethernet",
+            self.port / "cap_mask": f"0x{limits.PORT_CAP_FLAGS:08x}",
+            self.port / "pkeys" / "0": f"0x{limits.DEFAULT_PKEY:04x}",
+            self.port / "mtu": str(limits.MTU_BYTES[mtu]),
         }
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text + "\n")
         for folder in ("gids", "gid_attrs/types", "gid_attrs/ndevs"):
-            (self._port / folder).mkdir(parents=True, exist_ok=True)
+            (self.port / folder).mkdir(parents=True, exist_ok=True)
         gids = self._adapter.gids
         for index in range(limits.GID_TABLE_LENGTH):
             self.set_gid(index, gids[index] if index < len(gids) else None)
@@ -85,7 +86,7 @@ class SysfsPicture:
     def _put(self, name: str, text: str) -> None:
         # A reader must never see an empty file: overwrite, then cut.
         data = text.encode() + b"\n"
-        fd = os.open(f"{self._port}/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(f"{self.port}/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             os.pwrite(fd, data, 0)
             os.ftruncate(fd, len(data))
