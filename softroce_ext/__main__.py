@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--spin", type=float, default=0.0, metavar="MICROSECONDS", help="stay awake this long after work")
     p.add_argument("--priority", choices=("realtime", "high", "normal"), default="realtime")
     p.add_argument("--trace", metavar="FILE", help="write one line for each command of a program")
+    p.add_argument("--trace-qp", metavar="FILE", help="trace every queue pair, JSON lines")
     p.add_argument("--profile", metavar="FILE", help="write a cProfile of the loop at the end")
     return p
 
@@ -133,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         impairment=options.impair,
         spin=options.spin * 1e-6,
         trace=options.trace,
+        trace_qp=options.trace_qp,
     )
     try:
         nic = Nic(config)

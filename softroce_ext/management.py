@@ -12,6 +12,7 @@ from softroce_ext.control import Respond
 from softroce_ext.device import checkpoint, image
 from softroce_ext.device.context import Context
 from softroce_ext.device.errors import ImageError, StateError
+from softroce_ext.qp_trace import DEFAULT_LIMIT
 from softroce_ext.uverbs import hw_counters
 from softroce_ext.uverbs.server import inner_pid_of
 
@@ -142,6 +143,17 @@ class Management:
     def trace(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
         self._nic.trace_to(_argument(arguments, "file", str, None))
         return {}
+
+    def trace_qp(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
+        """Trace queue pairs `qpns` (default: all) to `file`; null ends the trace. Answers with the ended one's lines."""
+        path = _argument(arguments, "file", str, None)
+        qpns = _argument(arguments, "qpns", list, None)
+        limit = _argument(arguments, "limit", int, DEFAULT_LIMIT)
+        if qpns is not None and not all(type(qpn) is int and 0 <= qpn < 1 << 24 for qpn in qpns):
+            raise CommandError(f"argument 'qpns' is {qpns!r}, expected queue pair numbers")
+        if limit < 1:
+            raise CommandError(f"argument 'limit' is {limit}, expected a positive number of lines")
+        return {"lines": self._nic.trace_qps(path, qpns, limit)}
 
     def shutdown(self, _: Arguments, __: Respond) -> dict[str, Any]:
         self._nic.stop()
@@ -318,6 +330,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "resume": Management.resume,
     "capture": Management.capture,
     "trace": Management.trace,
+    "trace_qp": Management.trace_qp,
     "shutdown": Management.shutdown,
 }
 """Name → method. A method that returns None answers later through `respond`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import ipaddress
 import os
 import select
 import shutil
@@ -26,6 +27,7 @@ from softroce_ext.impairment import Impairment, ImpairmentSpec
 from softroce_ext.management import Management
 from softroce_ext.neighbours import Neighbours
 from softroce_ext.port import BATCH, Port
+from softroce_ext.qp_trace import DEFAULT_LIMIT, QpTrace
 from softroce_ext.transport.engine import Engine, EngineConfig
 from softroce_ext.uverbs.channel import FileChannel
 from softroce_ext.uverbs.hw_counters import CounterFiles
@@ -61,6 +63,7 @@ class NicConfig:
     """Seconds without work before the loop goes to sleep. Spinning takes the processor from programs that poll; it pays
     only where there are more processors than busy processes."""
     trace: str | None = None
+    trace_qp: str | None = None
 
 
 class Nic:
@@ -106,6 +109,9 @@ class Nic:
         self._trace_file: Any = None
         if config.trace:
             self.trace_to(config.trace)
+        self._qp_trace: QpTrace | None = None
+        if config.trace_qp:
+            self.trace_qps(config.trace_qp)
 
     def counters(self) -> dict[str, int]:
         """Every count of engine, port and impairment, by name."""
@@ -144,6 +150,22 @@ class Nic:
         if path:
             self._trace_file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed above
             self.commands.trace = lambda line: print(f"{time.monotonic():.6f} {line}", file=self._trace_file)
+
+    def trace_qps(self, path: str | None, qpns: list[int] | None = None, limit: int = DEFAULT_LIMIT) -> int:
+        """Trace queue pairs (None: all of them, those to come too) to `path`; None ends the trace.
+
+        Returns the number of lines of the trace that was on before, which ends. Raises OSError.
+        """
+        about = {
+            "interface": self.config.interface,
+            "addresses": [str(ipaddress.ip_address(address)) for address in self.adapter.addresses()],
+            "number_base": self.config.number_base,
+        }
+        before, self._qp_trace = self._qp_trace, None
+        lines = before.close() if before is not None else 0
+        if path:
+            self._qp_trace = QpTrace(self.engine, path, qpns, about=about, limit=limit)
+        return lines
 
     def watch_context(self, context: Context) -> None:
         """Listen to a context's doorbell and to the end of its process."""
@@ -350,6 +372,8 @@ class Nic:
         self._chores(now)
         if self.port.capture is not None:
             self.port.capture.flush()
+        if self._qp_trace is not None:
+            self._qp_trace.flush()
         if now >= self._counter_files.due:
             self._counter_files.write(now)
         self._dispatch(self._timeout(now))
@@ -385,6 +409,7 @@ class Nic:
             self.unwatch_context(context)
             self.adapter.forget(context)
         self._counter_files.close()
+        self.trace_qps(None)
         self.control.close()
         self.commands.close()
         self.neighbours.close()
