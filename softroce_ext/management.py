@@ -145,7 +145,7 @@ class Management:
         return {}
 
     def trace_qp(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
-        """Trace queue pairs `qpns` (default: all) to `file`; null ends the trace. Answers with the ended one's lines."""
+        """Trace queue pairs `qpns` (default: all) to `file`; null ends it. Answers with the ended trace's lines."""
         path = _argument(arguments, "file", str, None)
         qpns = _argument(arguments, "qpns", list, None)
         limit = _argument(arguments, "limit", int, DEFAULT_LIMIT)

@@ -1,102 +1,36 @@
 """The trace of queue pairs: one JSON line for each packet, completion, timer, posted request and change of state.
 
 While no trace is on, nothing of this is in the way: `QpTrace` puts its own versions of a few methods *on the engine
-object* (and of `fetch` before each queue), and takes them away again. The lines' fields are in docs/trace.md; the reader
-is `testbed.trace`.
+object* (and of `fetch` before each queue), and takes them away again. The lines' fields are in docs/trace.md; `testbed.trace`
+reads them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol
 
+from softroce_ext.packet_fields import describe
 from softroce_ext.transport.engine import Engine, FrameSink
 from softroce_ext.transport.interfaces import RecvWqe, SendWqe
 from softroce_ext.transport.qp import QueuePair
 from softroce_ext.transport.verbs import QpState, QpType, SendFlag, WcOpcode, WcStatus, WrOpcode
 from softroce_ext.wire.frame import Buffer, Packet, Path, parse
-from softroce_ext.wire.headers import (
-    ACK_REQ,
-    AETH_KIND,
-    AETH_RNR_NAK,
-    BTH,
-    GSI_QPN,
-    MIGROS_CAPABLE,
-    MIGROS_RECEIVER,
-    MIGROS_RESUMED,
-    PSN_HALF,
-    PSN_MASK,
-    RNR_TIMER,
-    SOLICITED,
-)
-from softroce_ext.wire.opcodes import AETH, ATOMIC_ETH, DETH, FLAGS, IETH, IMM_DT, RETH, TABLE, OpFlag, name_of
+from softroce_ext.wire.headers import BTH, GSI_QPN, PSN_HALF, PSN_MASK
+from softroce_ext.wire.opcodes import FLAGS, OpFlag
 
 VERSION: Final = 1
 DEFAULT_LIMIT: Final = 2_000_000
 """Lines after which a trace ends by itself."""
 
-NAK_NAMES: Final = {
-    0x60: "NAK_PSN_SEQUENCE",
-    0x61: "NAK_INVALID_REQUEST",
-    0x62: "NAK_REMOTE_ACCESS",
-    0x63: "NAK_REMOTE_OPERATIONAL",
-    0x64: "NAK_INVALID_RD_REQUEST",
-    0x65: "NAK_STOPPED",
-}
-_BITS: Final = (
-    (ACK_REQ, "ackreq"),
-    (MIGROS_CAPABLE, "capable"),
-    (MIGROS_RESUMED, "resumed"),
-    (MIGROS_RECEIVER, "receiver"),
-)
 _REQUESTS: Final = {int(opcode): opcode.name for opcode in WrOpcode}
 _UNTOLD: Final = frozenset({"rcvd_pkts", "rdma_sends", "rdma_recvs"})
 """Counters that say nothing about a single packet."""
 _REQUEST, _RESUME = int(OpFlag.REQUEST), int(OpFlag.RESUME)
-_BTH_BYTES: Final = BTH.size
-
-
-def code_name(syndrome: int) -> str:
-    """The name of an AETH syndrome: ACK, RNR_NAK, NAK_…"""
-    kind = syndrome & AETH_KIND
-    if kind == 0:
-        return "ACK"
-    if kind == AETH_RNR_NAK:
-        return "RNR_NAK"
-    return NAK_NAMES.get(syndrome, f"NAK_{syndrome:#04x}")
-
-
-def describe(headers: Buffer) -> dict[str, Any]:
-    """The fields of a line that are in a packet's BTH and extended headers."""
-    first, second, third = BTH.unpack_from(headers)
-    code = first >> 24
-    fields: dict[str, Any] = {"opcode": name_of(code), "psn": third & PSN_MASK, "remote_qpn": second & 0xFFFFFF}
-    if first & SOLICITED:
-        fields["solicited"] = True
-    fields.update((name, True) for bit, name in _BITS if third >> 24 & bit)
-    at = _BTH_BYTES
-    for header in TABLE[code].headers if code in TABLE else ():
-        data = bytes(headers[at : at + header.length])
-        if header is AETH:
-            fields.update(syndrome=data[0], code=code_name(data[0]), msn=int.from_bytes(data[1:]))
-            if data[0] & AETH_KIND == AETH_RNR_NAK:
-                fields["rnr_ms"] = RNR_TIMER[data[0] & 0x1F]
-        elif header is RETH:
-            fields.update(address=int.from_bytes(data[:8]), rkey=int.from_bytes(data[8:12]))
-            fields["dma_length"] = int.from_bytes(data[12:])
-        elif header is ATOMIC_ETH:
-            fields.update(address=int.from_bytes(data[:8]), rkey=int.from_bytes(data[8:12]))
-        elif header is DETH:
-            fields.update(qkey=int.from_bytes(data[:4]), source_qpn=int.from_bytes(data[5:]))
-        elif header is IMM_DT:
-            fields["imm"] = data.hex()
-        elif header is IETH:
-            fields["invalidates"] = int.from_bytes(data)
-        at += header.length
-    return fields
 
 
 class _Queue(Protocol):
@@ -301,12 +235,15 @@ class QpTrace:
 
     def _received(self, packet: Packet, qpn: int) -> dict[str, Any]:
         line = {"t": self._clock(), "event": "packet", "direction": "received", "qpn": qpn}
-        line |= describe(packet.raw[packet.headers_at - _BTH_BYTES :])
+        line |= describe(packet.raw[packet.headers_at - BTH.size :])
         line["remote_qpn"] = line.pop("source_qpn", None)
         if line["remote_qpn"] is None:
             qp = self._engine.qps.get(qpn)
             line["remote_qpn"] = qp.context.destination_qpn if qp is not None else None
-        return line | {"length": len(packet.payload), "remote_ip": self._address(packet.source_ip)}
+        line |= {"length": len(packet.payload), "remote_ip": self._address(packet.source_ip)}
+        if len(packet.source_ip) == 4:
+            line["ip_id"] = int.from_bytes(packet.raw[18:20])
+        return line
 
     def _sent(self, path: Path, headers: bytes, payload: Buffer) -> None:
         fields = describe(headers)
@@ -315,6 +252,8 @@ class QpTrace:
             return
         line = {"event": "packet", "direction": "sent", "qpn": qpn, **fields, "length": len(payload)}
         line["remote_ip"] = self._address(path.destination_ip)
+        if len(path.source_ip) == 4:
+            line["ip_id"] = path.ip_id  # this frame's: the real sink takes it
         qp = self._engine.qps.get(qpn)
         flags = FLAGS[headers[0]]
         if qp is not None and qp.context.qp_type == QpType.RC and flags & _REQUEST and not flags & _RESUME:
@@ -393,10 +332,8 @@ class QpTrace:
             vars(self._engine).pop(name, None)
         for qp in self._engine.qps.values():
             self._leave(qp)
-        try:
+        with contextlib.suppress(OSError):  # the disk is full: what is there is there
             self._file.close()
-        except OSError:
-            pass  # the disk is full: what is there is there
 
 
 def _timer_due(qp: QueuePair, now: float) -> str | None:

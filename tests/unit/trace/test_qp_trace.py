@@ -1,4 +1,4 @@
-"""The trace of the transport in a simulated world: every frame has its line, and an engine without a trace is as new."""
+"""The trace of the transport in a simulated world: every frame has its line; without a trace the engine is as new."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from scene import Scene
 from world import BASE, Host, Link, World, connect, end
 
-from softroce_ext.qp_trace import QpTrace, code_name, describe
+from softroce_ext.packet_fields import code_name, describe
+from softroce_ext.qp_trace import QpTrace
 from softroce_ext.transport.engine import Engine
 from softroce_ext.transport.verbs import WrOpcode
 from softroce_ext.wire.opcodes import name_of
@@ -28,7 +29,8 @@ def test_every_frame_has_its_line_at_both_ends(tmp_path: Path) -> None:
     scene = Scene(Link(seed=3, loss=0.05, spacing=1e-6))
     world = scene.world
     traces = [
-        QpTrace(host.engine, str(tmp_path / f"{host.number}.jsonl"), clock=lambda: world.now) for host in scene.hosts[:2]
+        QpTrace(host.engine, str(tmp_path / f"{host.number}.jsonl"), clock=lambda: world.now)
+        for host in scene.hosts[:2]
     ]
     scene.finish()
     for trace in traces:
