@@ -1,8 +1,8 @@
 """The trace of queue pairs: one JSON line for each packet, completion, timer, posted request and change of state.
 
 While no trace is on, nothing of this is in the way: `QpTrace` puts its own versions of a few methods *on the engine
-object* (and of `fetch` before each queue), and takes them away again. The lines' fields are in docs/trace.md; `testbed.trace`
-reads them.
+object* (and of `fetch` before each queue), and takes them away again. docs/trace.md has the lines' fields;
+`testbed.trace` reads them.
 """
 
 from __future__ import annotations
