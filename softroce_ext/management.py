@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from softroce_ext.capture import Capture
 from softroce_ext.control import Respond
-from softroce_ext.device import checkpoint, image
+from softroce_ext.device import checkpoint, image, limits
 from softroce_ext.device.context import Context
 from softroce_ext.device.errors import ImageError, StateError
 from softroce_ext.qp_trace import DEFAULT_LIMIT
@@ -75,16 +75,18 @@ class Management:
 
     def status(self, _: Arguments, __: Respond) -> dict[str, Any]:
         nic = self._nic
+        counters = nic.counters()
         return {
             "device": "rxe0",
             "interface": nic.config.interface,
             "mac": nic.port.mac.hex(":"),
             "number_base": nic.config.number_base,
             "addresses": [socket.inet_ntoa(ip) for ip in nic.adapter.addresses()],
+            "active_mtu": limits.MTU_BYTES[limits.active_mtu(nic.adapter.interface_mtu)],
             "migros": nic.config.migros,
             "contexts": [context.summary() for context in nic.adapter.contexts.values()],
-            "counters": nic.counters(),
-            "hw_counters": hw_counters.rxe_view(nic.counters()),
+            "counters": counters,
+            "hw_counters": hw_counters.rxe_view(counters),
         }
 
     def counters(self, _: Arguments, __: Respond) -> dict[str, Any]:

@@ -126,4 +126,10 @@ def queue_pair_summary(qp: QueuePair) -> dict[str, Any]:
         "stopped": c.stopped,
         "paused": c.paused,
         "resume_pending": c.resume_pending,
+        "type": c.qp_type,
+        "una_psn": c.una_psn,
+        "inflight": len(c.inflight),
+        "completed_sends": c.completed_sends,
+        "completed_receives": c.completed_receives,
+        "retransmits": c.retransmits,
     }

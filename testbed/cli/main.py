@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import typer
 
-from testbed.cli import clean, doctor, run, schema, status, validate
+from testbed.cli import clean, diagram, doctor, run, schema, status, trace, validate
 from testbed.errors import BadInput, Exit
 
 USAGE_ERROR: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
@@ -20,7 +20,16 @@ _app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _verb in (run.run, validate.validate, doctor.doctor, status.status, clean.clean, schema.schema):
+for _verb in (
+    run.run,
+    validate.validate,
+    doctor.doctor,
+    status.status,
+    trace.trace,
+    diagram.diagram,
+    clean.clean,
+    schema.schema,
+):
     _app.command()(_verb)
 
 

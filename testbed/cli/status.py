@@ -1,30 +1,84 @@
-"""`testbed status`: which runs are live on this machine, and which were killed and left something."""
+"""`testbed status`: which runs are live on this machine, what their NICs do, and which runs left something."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from testbed.state import Run
+
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> int:
-    """List the runs on this machine. Live ones, and killed ones that `testbed clean` would remove."""
+    """Show runs and their NICs. Devices, programs, queue pairs, counters; killed runs that `testbed clean` removes."""
     from testbed import state
 
     runs = state.runs()
+    nics, problems = _nics(runs)
     if as_json:
         rows = [
-            {"run_id": run.run_id, "pid": run.owner_pid, "alive": run.alive, "recorded": run.entries} for run in runs
+            {
+                "run_id": run.run_id,
+                "pid": run.owner_pid,
+                "alive": run.alive,
+                "recorded": run.entries,
+                "nics": [nic for nic in nics if nic["run_id"] == run.run_id],
+            }
+            for run in runs
         ]
         typer.echo(json.dumps(rows, indent=2))
-        return 0
-    for run in runs:
-        kinds = Counter(entry["kind"].replace("_", " ") for entry in run.entries)
-        things = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing recorded"
-        how = f"live (pid {run.owner_pid})" if run.alive else "killed: testbed clean removes it"
-        typer.echo(f"{run.run_id}: {how}; {things}")
-    if not runs:
-        typer.echo("no runs")
+    else:
+        for run in runs:
+            typer.echo(_line(run))
+        if not runs:
+            typer.echo("no runs: nothing of the testbed is on this machine")
+        elif nics:
+            _print(nics)
+        elif os.geteuid() == 0 and any(run.alive for run in runs):
+            typer.echo("no NIC is running")
+    for problem in problems:
+        typer.echo(problem, err=True)
     return 0
+
+
+def _line(run: Run) -> str:
+    kinds = Counter(entry["kind"].replace("_", " ") for entry in run.entries)
+    things = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing recorded"
+    how = f"live (pid {run.owner_pid})" if run.alive else "killed: testbed clean removes it"
+    return f"{run.run_id}: {how}; {things}"
+
+
+def _nics(runs: list[Run]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Reports of all running NICs, and why some are missing. A NIC that ends meanwhile is no error of the verb."""
+    from testbed import nics
+    from testbed.errors import TestbedError
+
+    if not any(run.alive for run in runs):
+        return [], []
+    reports, problems = [], []
+    try:
+        for nic in nics.running():
+            try:
+                reports.append(nics.report(nic))
+            except TestbedError as error:
+                problems.append(str(error))
+    except TestbedError as error:
+        problems.append(str(error))
+    return reports, problems
+
+
+def _print(reports: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    from testbed import nic_tables
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 132
+    for report in reports:
+        console.print()
+        console.print(nic_tables.render(report))

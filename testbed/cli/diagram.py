@@ -1,0 +1,33 @@
+"""`testbed diagram`: a trace of queue pairs as a sequence diagram."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def diagram(
+    traces: Annotated[list[Path], typer.Argument(help="traces, one per end, from left to right")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="picture: .png, .svg or .pdf")] = Path("diagram.png"),
+    qpn: Annotated[int | None, typer.Option("--qpn", help="of this queue pair (default: the busiest)")] = None,
+    begin: Annotated[float | None, typer.Option("--from", help="ms after the first packet")] = None,
+    end: Annotated[float | None, typer.Option("--to", help="ms after the first packet")] = None,
+) -> int:
+    """Draw traces as a sequence diagram. Without --from and --to: around the first loss, NAK, or RESUME."""
+    from testbed import trace
+    from testbed.diagram import layout
+    from testbed.diagram_picture import draw
+    from testbed.errors import BadInput, EnvironmentProblem, Exit
+
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise BadInput(f"unknown picture format {output.suffix!r}", where=str(output), hint="-o FILE.png, .svg or .pdf")
+    found = layout([trace.read(path) for path in traces], qpn, begin, end)
+    numbers = " and ".join(f"{number}" for number in sorted(found.qpns))
+    try:
+        draw(found, output, f"Queue pairs {numbers}")
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write the picture: {error.strerror}", where=str(output)) from error
+    typer.echo(f"{output}: {len(found.arrows)} arrows")
+    return Exit.OK

@@ -1,0 +1,37 @@
+"""`testbed trace`: what the queue pairs of a running host do, as JSON lines."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def trace(
+    host: Annotated[str, typer.Argument(help="host of a running topology")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="file (default: HOST.jsonl)")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="run, when several have such a host")] = None,
+    qpn: Annotated[list[int] | None, typer.Option("--qpn", help="only this queue pair; may be repeated")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0, help="end after this time")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="lines after which it ends by itself")] = 2_000_000,
+) -> int:
+    """Trace queue pairs of a running host. Ends after --seconds or on Ctrl-C; testbed diagram draws it."""
+    from testbed import nics
+    from testbed.errors import Exit
+
+    nic = nics.one(host, run)
+    path = (output or Path(f"{host}.jsonl")).absolute()
+    nic.call("trace_qp", file=str(path), qpns=qpn or None, limit=limit)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if seconds is None:
+            typer.echo(f"tracing {host} to {path}; Ctrl-C ends it", err=True)
+        time.sleep(seconds if seconds is not None else 1e9)
+    except KeyboardInterrupt:
+        pass  # the way to end it
+    lines = nic.call("trace_qp", file=None)["lines"]
+    typer.echo(f"{path}: {lines} lines")
+    return Exit.OK
