@@ -15,7 +15,7 @@ from typing import Any, Final
 from testbed.errors import BadInput
 from testbed.trace import Flight, Trace, connection, flights
 
-MAX_ARROWS: Final = 70
+MAX_ARROWS: Final = 45
 """Arrows and bands in a picture where no window of time is asked for."""
 MIN_RUN: Final = 5
 """Packets of one kind in a row that become a band."""
@@ -332,27 +332,29 @@ class _Rows:
         self._labelled: list[float] = []
         spent = [b - a for arrow in arrows for a, b in [_ends(arrow.flight)] if b > a]
         rate = FLIGHT_ROWS / (statistics.median(spent) if spent else 1e-4)
-        # (time, side that a label is written at or None): sides so that labels of both ends may be level.
-        points: list[tuple[float, int | None]] = []
+        # (time, side of a label, whether one is written there): labels of the two ends may be level, but not within a
+        # row of another label, or of an arrow's tip, at the same end.
+        points: list[tuple[float, int, bool]] = []
         for arrow in arrows:
-            first, *others = arrow.times()
-            points.append((first, arrow.sender))
-            points += [(when, None) for when in others]
-        points += [(note.at, 100 + note.column if note.text else None) for note in notes]
+            first, received, *others = arrow.times()
+            points.append((first, arrow.sender, True))
+            points.append((received, arrow.receiver, False))
+            points += [(when, side, False) for when, side in zip(others, (arrow.sender, arrow.receiver), strict=False)]
+        points += [(note.at, 100 + note.column, bool(note.text)) for note in notes]
         points.sort(key=lambda point: point[0])
         begin = window[0]
         row, previous = 0.0, points[0][0] if points else begin
         lowest: dict[int, float] = {}
-        for when, side in points:
+        for when, side, written in points:
             step = (when - previous) * rate
             if step > LONGEST_WAIT:
                 self.waits.append((row + LONGEST_WAIT / 2, (when - previous) * 1000))
                 step = LONGEST_WAIT
             row += step
-            if side is not None:
+            if written:
                 row = max(row, lowest.get(side, row - 1) + 1)
-                lowest[side] = row
                 self._labelled.append(when)
+            lowest[side] = row
             self._times.append(when)
             self._rows.append(row)
             previous = when

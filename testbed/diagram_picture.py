@@ -97,7 +97,10 @@ def _arrow(axes: Axes, arrow: Arrow) -> None:
         corners: list[tuple[float, float]] = [(a, top), (a, arrow.rows[2]), (b, arrow.rows[3]), (b, bottom)]
         if arrow.lost:
             corners = [(a, top), (a, arrow.rows[2]), (a + 0.55 * (b - a), arrow.rows[2] + 0.7)]
-        axes.add_patch(Polygon(corners, closed=True, facecolor=colour, alpha=0.22, edgecolor=colour, linewidth=0.6))
+        hatch = "///" if arrow.kind == "retransmission" else None
+        axes.add_patch(
+            Polygon(corners, closed=True, facecolor=colour, alpha=0.22, edgecolor=colour, linewidth=0.6, hatch=hatch)
+        )
         if arrow.lost:
             axes.plot(*corners[2], marker="x", color=BLACK, markersize=6, zorder=6)
     else:
@@ -119,7 +122,7 @@ def _arrow(axes: Axes, arrow: Arrow) -> None:
     axes.text(
         a + 0.02 * side, top - 0.08 + 0.03 * slope, arrow.label, fontsize=FONT, color=colour, zorder=5,
         ha="left" if side > 0 else "right", va="bottom",
-        bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.3},
+        bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 0.3},
     )  # fmt: skip
 
 

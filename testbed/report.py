@@ -328,6 +328,8 @@ def _kept(summary: Summary) -> RenderableType:
         for capture in host.captures:
             frames = "" if capture.frames is None else f", {_plural(capture.frames, 'frame')}"
             table.add_row(capture.path, f"RoCE frames at {host.name}, {text.size(capture.bytes)}{frames}")
+        if host.trace is not None:
+            table.add_row(host.trace, f"what {host.name}'s queue pairs did (testbed diagram draws it)")
     for app in summary.apps:
         for path in app.logs.values():
             table.add_row(path, f"what {app.name} printed")

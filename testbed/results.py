@@ -5,6 +5,7 @@
     topology.yaml    the topology as it was run, every default filled in
     versions.json    kernel, packages, programs, CRIU, Open vSwitch
     pcaps/           RoCE frames of the hosts' NICs (testbed.captures)
+    traces/          what their queue pairs did, where the topology asks for it (testbed.trace)
     logs/<app>.stdout|stderr, logs/<host>.nic.log, …
 
 `RunFolder.event` is also how the live view learns what happens: it subscribes.
@@ -74,6 +75,10 @@ class RunFolder:
     def pcap(self, host: str) -> Path:
         """Where the capture of `host`'s NIC goes."""
         return self.path / "pcaps" / f"{host}.pcap"
+
+    def trace(self, host: str) -> Path:
+        """Where the trace of the queue pairs of `host`'s NIC goes."""
+        return self.path / "traces" / f"{host}.jsonl"
 
     def log(self, name: str) -> Path:
         """Where a log goes: `server.stdout`, `h2.nic.log`, `controller.log`, …"""

@@ -221,6 +221,10 @@ class _Run:
             options.append("--no-migros")
         if host.nic.capture:
             options += ["--capture", str(self.folder.pcap(host.name))]
+        if host.nic.trace:
+            path = self.folder.trace(host.name)
+            path.parent.mkdir(exist_ok=True)
+            options += ["--trace-qp", str(path)]
         impair = session.network.nic_impairments.get(host.name, host.nic.impair)
         if impair:
             options += ["--impair", ",".join(f"{key}={value:g}" for key, value in impair.items())]
@@ -311,12 +315,14 @@ class _Run:
         gone = {
             self.topology.migrations[m.index].ip_before for m in migrations if m.ok and m.address == "keep"
         }  # an address that moved is no longer its first host's
+        trace = self.folder.trace(host.name)
         return report.Host(
             name=host.name,
             ip=None if host.ip in gone else host.ip,
             node_ip=host.node_ip,
             nic=self.nics.get(host.name, {}),
             captures=captures.found(self.folder, host.name),
+            trace=self.folder.relative(trace) if trace.exists() else None,
         )
 
 

@@ -88,6 +88,7 @@ class Host(Record):
     node_ip: str | None = Field(None, description="permanent node address, used for bulk transfer")
     nic: dict[str, int] = Field(default_factory=dict, description="the NIC's counters: name → count")
     captures: list[Capture] = Field(default_factory=list)
+    trace: str | None = Field(None, description="trace of its queue pairs (JSON lines), relative to the run folder")
 
 
 class App(Record):

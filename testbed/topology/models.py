@@ -95,6 +95,8 @@ class Nic(Section):
     impair: Impair = Impair()
     capture: bool | None = None
     """Write a pcap of this NIC's frames; not given: as the topology's `capture`."""
+    trace: bool | None = None
+    """Trace this NIC's queue pairs (docs/trace.md); not given: as the topology's `trace`."""
 
 
 class Host(Section):
@@ -188,6 +190,8 @@ class Topology(Section):
     report: Report = Report()
     capture: bool = False
     """Write a pcap per NIC for the whole run (migrations are always captured)."""
+    trace: bool = False
+    """Trace every queue pair for the whole run, a file of JSON lines per NIC (docs/trace.md). Slows the NICs down."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of every random choice of the run: impairments, first PSNs."""
 

@@ -35,6 +35,7 @@ class ResolvedNic:
     impair: dict[str, float]
     """loss, reorder, duplicate, corrupt (shares) and delay (seconds); only those that are not 0."""
     capture: bool
+    trace: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class ResolvedTopology:
     """auto, ryu or os-ken."""
     subnet: str
     capture: bool
+    trace: bool
     hosts: dict[str, ResolvedHost]
     switches: dict[str, ResolvedSwitch]
     links: tuple[ResolvedLink, ...]
@@ -197,6 +199,7 @@ def checks_data(argv: list[str]) -> bool:
 def _host(topology: Topology, name: str, host: Host, index: int, ip: str) -> ResolvedHost:
     impair = {key: value for key, value in host.nic.impair.model_dump().items() if value}
     capture = topology.capture if host.nic.capture is None else host.nic.capture
+    trace = topology.trace if host.nic.trace is None else host.nic.trace
     return ResolvedHost(
         name=name,
         index=index,
@@ -208,7 +211,7 @@ def _host(topology: Topology, name: str, host: Host, index: int, ip: str) -> Res
         number_base=index,
         interface=f"{name}-eth0",
         switch=next(end for link in topology.links if name in link.ends for end in link.ends if end != name),
-        nic=ResolvedNic(host.nic.mtu or fitting_mtu(topology), host.nic.migros, impair, capture),
+        nic=ResolvedNic(host.nic.mtu or fitting_mtu(topology), host.nic.migros, impair, capture, trace),
     )
 
 
@@ -266,6 +269,7 @@ def resolve(topology: Topology) -> ResolvedTopology:
         controller=topology.controller,
         subnet=topology.subnet,
         capture=topology.capture,
+        trace=topology.trace,
         hosts={
             name: _host(topology, name, host, index, host_ips[name])
             for index, (name, host) in enumerate(topology.hosts.items(), start=1)

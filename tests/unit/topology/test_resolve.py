@@ -16,7 +16,7 @@ TOPOLOGIES = sorted((Path(__file__).parents[3] / "topologies").glob("*.yaml"))
 
 THREE = """
 name: three
-hosts: {h1: {ip: 10.0.0.2}, h2:, h3: {nic: {mtu: 1024, impair: {loss: 1%, delay: 2ms}, capture: true}}}
+hosts: {h1: {ip: 10.0.0.2}, h2:, h3: {nic: {mtu: 1024, impair: {loss: 1%, delay: 2ms}, capture: true, trace: true}}}
 switches: [s1, s2]
 links: [[s1, h1], {ends: [h2, s1], bw: 25000, mtu: 1500, delay: 500us, loss: 0.5%}, [h3, s2], [s1, s2]]
 """
@@ -81,6 +81,7 @@ def test_nic_options_and_links() -> None:
     resolved = parse(THREE).resolve()
     nic = resolved.hosts["h3"].nic
     assert nic.impair == pytest.approx({"loss": 0.01, "delay": 0.002}) and nic.capture and nic.migros
+    assert nic.trace and not resolved.hosts["h1"].nic.trace
     assert resolved.hosts["h1"].nic.impair == {} and not resolved.hosts["h1"].nic.capture
     first, second = resolved.links[:2]
     assert (first.a, first.b, first.bw, first.mtu) == ("h1", "s1", None, 9000)  # the host is always `a`
