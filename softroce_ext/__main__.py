@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import ipaddress
 import os
 import resource
 import signal
-import socket
 import struct
 import sys
 from pathlib import Path
@@ -27,9 +27,9 @@ _SYS_SCHED_SETATTR = 314 if os.uname().machine == "x86_64" else 274
 
 def _address(text: str) -> bytes:
     try:
-        return socket.inet_pton(socket.AF_INET, text)
-    except OSError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an IPv4 address") from None
+        return ipaddress.ip_address(text).packed
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IP address") from None
 
 
 def _impairment(text: str) -> ImpairmentSpec:
@@ -90,8 +90,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m softroce_ext", description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--interface", required=True, help="network interface that carries the RoCEv2 frames")
+    p.add_argument("--address", action="append", type=_address, default=[], metavar="IP", help="a GID; may be repeated")
     p.add_argument(
-        "--address", action="append", type=_address, default=[], metavar="IPV4", help="a GID; may be repeated"
+        "--follow", action="store_true", help="GIDs are the interface's addresses (so without --address too)"
     )
     p.add_argument(
         "--run-dir", type=Path, default=Path("/run/migros/nic"), help="directory of sockets and device files"
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         spin=options.spin * 1e-6,
         trace=options.trace,
         trace_qp=options.trace_qp,
+        follow=options.follow or not options.address,
     )
     try:
         nic = Nic(config)

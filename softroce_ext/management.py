@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import ipaddress
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +15,7 @@ from softroce_ext.device.errors import ImageError, StateError
 from softroce_ext.qp_trace import DEFAULT_LIMIT
 from softroce_ext.uverbs import hw_counters
 from softroce_ext.uverbs.server import inner_pid_of
+from softroce_ext.wire.path import address_text
 
 if TYPE_CHECKING:
     from softroce_ext.nic import Nic
@@ -43,9 +44,9 @@ def _argument(arguments: Arguments, name: str, kind: type | tuple[type, ...], de
 def _ip(arguments: Arguments, name: str) -> bytes:
     text = _argument(arguments, name, str)
     try:
-        return socket.inet_pton(socket.AF_INET, text)
-    except OSError:
-        raise CommandError(f"argument {name!r} is {text!r}, expected an IPv4 address such as 10.0.0.2") from None
+        return ipaddress.ip_address(text).packed
+    except ValueError:
+        raise CommandError(f"argument {name!r} is {text!r}, expected an IP address such as 10.0.0.2") from None
 
 
 class Management:
@@ -81,8 +82,8 @@ class Management:
             "interface": nic.config.interface,
             "mac": nic.port.mac.hex(":"),
             "number_base": nic.config.number_base,
-            "addresses": [socket.inet_ntoa(ip) for ip in nic.adapter.addresses()],
             "active_mtu": limits.MTU_BYTES[limits.active_mtu(nic.adapter.interface_mtu)],
+            "addresses": [address_text(ip) for ip in nic.adapter.addresses()],
             "migros": nic.config.migros,
             "contexts": [context.summary() for context in nic.adapter.contexts.values()],
             "counters": counters,

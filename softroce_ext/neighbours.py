@@ -1,4 +1,4 @@
-"""Which MAC a packet to an IPv4 address goes to: the kernel's routing and neighbour tables, asked by rtnetlink.
+"""Which MAC a packet to an IP address goes to: the kernel's routing and neighbour tables, asked by rtnetlink.
 
 The kernel answers a question from its tables at once, so a look-up takes some microseconds and never waits. When the
 neighbour is unknown the kernel is told to ask for it (NTF_USE) and the caller comes back later.
@@ -22,7 +22,7 @@ NUD_NONE: Final = 0
 NUD_USABLE: Final = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80
 """REACHABLE, STALE, DELAY, PROBE, NOARP, PERMANENT."""
 
-_HEADER = struct.Struct("=IHHII")
+HEADER = struct.Struct("=IHHII")
 _NDMSG = struct.Struct("=BxxxiHBB")
 _RTMSG = struct.Struct("=BBBBBBBBI")
 _ATTRIBUTE = struct.Struct("=HH")
@@ -33,7 +33,8 @@ def _attribute(kind: int, data: bytes) -> bytes:
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(data), kind) + data + bytes(-len(data) % 4)
 
 
-def _attributes(data: bytes) -> dict[int, bytes]:
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes of an rtnetlink message, by their kind."""
     found = {}
     at = 0
     while at + _ATTRIBUTE.size <= len(data):
@@ -43,6 +44,10 @@ def _attributes(data: bytes) -> dict[int, bytes]:
         found[kind & 0x3FFF] = data[at + _ATTRIBUTE.size : at + length]
         at += (length + 3) & ~3
     return found
+
+
+def _family(address: bytes) -> int:
+    return socket.AF_INET if len(address) == 4 else socket.AF_INET6
 
 
 class Neighbours:
@@ -56,7 +61,7 @@ class Neighbours:
         self._socket.settimeout(0.2)
 
     def mac(self, address: bytes) -> bytes | None:
-        """Return the next hop's MAC for an IPv4 address (4 bytes), or None: not known yet, and being asked for."""
+        """Return the next hop's MAC for an IP address (4 or 16 bytes), or None: not known yet, and being asked for."""
         try:
             return self._mac(address)
         except OSError:  # no route, the interface is down: the caller asks again until its patience ends
@@ -66,43 +71,44 @@ class Neighbours:
         hop = self._next_hop(address)
         if hop is None:
             return None
-        answer = self._ask(RTM_GETNEIGH, 0, self._neighbour(0, 0) + _attribute(NDA_DST, hop))
+        family = _family(hop)
+        answer = self._ask(RTM_GETNEIGH, 0, self._neighbour(family, 0, 0) + _attribute(NDA_DST, hop))
         if answer is not None and len(answer) >= _NDMSG.size:
-            _family, _index, state, _flags, _kind = _NDMSG.unpack_from(answer)
-            mac = _attributes(answer[_NDMSG.size :]).get(NDA_LLADDR)
+            _, _index, state, _flags, _kind = _NDMSG.unpack_from(answer)
+            mac = attributes(answer[_NDMSG.size :]).get(NDA_LLADDR)
             if state & NUD_USABLE and mac is not None and len(mac) == 6:
                 return mac
         self._ask(
             RTM_NEWNEIGH,
             NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE,
-            self._neighbour(NUD_NONE, NTF_USE) + _attribute(NDA_DST, hop),
+            self._neighbour(family, NUD_NONE, NTF_USE) + _attribute(NDA_DST, hop),
         )
         return None
 
-    def _neighbour(self, state: int, flags: int) -> bytes:
-        return _NDMSG.pack(socket.AF_INET, self._interface, state, flags, 0)
+    def _neighbour(self, family: int, state: int, flags: int) -> bytes:
+        return _NDMSG.pack(family, self._interface, state, flags, 0)
 
     def _next_hop(self, address: bytes) -> bytes | None:
         """The gateway towards `address`, or the address itself; None when there is no route over our interface."""
-        message = _RTMSG.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0) + _attribute(RTA_DST, address)
+        message = _RTMSG.pack(_family(address), 8 * len(address), 0, 0, 0, 0, 0, 0, 0) + _attribute(RTA_DST, address)
         message += _attribute(RTA_OIF, struct.pack("=I", self._interface))
         answer = self._ask(RTM_GETROUTE, 0, message)
         if answer is None or len(answer) < _RTMSG.size:
             return None
-        return _attributes(answer[_RTMSG.size :]).get(RTA_GATEWAY, address)
+        return attributes(answer[_RTMSG.size :]).get(RTA_GATEWAY, address)
 
     def _ask(self, kind: int, flags: int, body: bytes) -> bytes | None:
         """One request, one answer: its body, b"" for a bare acknowledgement, None for an error."""
         self._sequence += 1
-        length = _HEADER.size + len(body)
+        length = HEADER.size + len(body)
         try:
-            self._socket.send(_HEADER.pack(length, kind, NLM_F_REQUEST | flags, self._sequence, 0) + body)
+            self._socket.send(HEADER.pack(length, kind, NLM_F_REQUEST | flags, self._sequence, 0) + body)
             while True:
                 data = self._socket.recv(65536)
-                total, answer, _, sequence, _ = _HEADER.unpack_from(data)
+                total, answer, _, sequence, _ = HEADER.unpack_from(data)
                 if sequence != self._sequence:
                     continue  # the late answer to a question that was given up
-                payload = data[_HEADER.size : total]
+                payload = data[HEADER.size : total]
                 if answer == NLMSG_ERROR:
                     code = -_ERROR.unpack_from(payload)[0]
                     if code not in (0, errno.ENOENT, errno.ENETUNREACH, errno.EHOSTUNREACH):

@@ -13,16 +13,20 @@ import ipaddress
 import os
 import select
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from softroce_ext.addresses import AddressWatch
 from softroce_ext.capture import Capture
 from softroce_ext.control import ControlServer
 from softroce_ext.device.adapter import Adapter
+from softroce_ext.device.addressing import address_of
 from softroce_ext.device.context import Context
+from softroce_ext.device.errors import StateError
 from softroce_ext.impairment import Impairment, ImpairmentSpec
 from softroce_ext.management import Management
 from softroce_ext.neighbours import Neighbours
@@ -33,6 +37,7 @@ from softroce_ext.uverbs.channel import FileChannel
 from softroce_ext.uverbs.hw_counters import CounterFiles
 from softroce_ext.uverbs.server import CommandServer
 from softroce_ext.uverbs.sysfs import SysfsPicture
+from softroce_ext.wire.path import address_text
 
 MAX_SLEEP: Final = 1.0
 NEIGHBOUR_POLL: Final = 0.002
@@ -50,6 +55,7 @@ class NicConfig:
 
     interface: str
     addresses: list[bytes]
+    """4 or 16 bytes each."""
     run_directory: Path
     number_base: int = 0
     mtu: int | None = None
@@ -64,6 +70,8 @@ class NicConfig:
     only where there are more processors than busy processes."""
     trace: str | None = None
     trace_qp: str | None = None
+    follow: bool = False
+    """The GID table follows the interface's addresses, as Linux's does."""
 
 
 class Nic:
@@ -82,6 +90,7 @@ class Nic:
         self.engine = Engine(EngineConfig(migros=config.migros, window=MAX_WINDOW))
         self.neighbours = Neighbours(self.port.index)
         self.adapter = Adapter(self.engine, self.port.mac, self.port.mtu, config.number_base, self.neighbours.mac)
+        self.adapter.groups.changed = lambda groups: self.port.set_addresses(self.adapter.addressing.own(), groups)
         for address in config.addresses:
             self.adapter.add_address(address)
         self._own_changed()
@@ -99,11 +108,15 @@ class Nic:
         self._awake: list[Context] = []
         self._stopping = False
         self._next_retry = 0.0
-        self._readable = False
+        self._readable = self._readable6 = False
         self._waits: list[Callable[[float], bool]] = []
         self.commands = CommandServer(run, self.adapter, self.watch_context, self._ring_before)
         self.watch(self.commands.fileno(), lambda _: self._serve())
         self.watch(self.port.fileno(), self._frames_wait)
+        self.watch(self.port.fileno6(), self._frames_wait6)
+        self.addresses: AddressWatch | None = None
+        if config.follow:
+            self._follow()
         self.management = Management(self)
         self.control = ControlServer(run / "control.sock", self.management.handle, self.watch, self.unwatch)
         self._trace_file: Any = None
@@ -206,15 +219,15 @@ class Nic:
     def release(self, context: Context, source: bytes | None) -> None:
         """The program runs again, here: listen to it, un-stop its queue pairs, tell the partners.
 
-        source: the IPv4 address of queue pairs whose own is not here (None: they keep it).
+        source: the IP address of queue pairs whose own is not here (None: they keep it).
         """
         context.held = False
         handles = []
         for qp in context.queue_pairs:
             path = qp.transport.context.path
             if path is not None:
-                moved = path.source_ip in self.port.own
-                path = path.replace(source_mac=self.port.mac, source_ip=None if moved else source)
+                here = path.source_ip in self.port.own or (source is not None and len(source) != len(path.source_ip))
+                path = path.replace(source_mac=self.port.mac, source_ip=None if here else source)
             qp.transport.resume(path)
             handles.append(qp.handle)
         context.channel.all_dirty(handles)
@@ -237,7 +250,25 @@ class Nic:
     # -- events ----------------------------------------------------------------------------------------------------
 
     def _own_changed(self) -> None:
-        self.port.own = set(self.adapter.addresses())
+        groups = {address_of(gid) for gid in self.engine.multicast}
+        self.port.set_addresses(self.adapter.addressing.own(), groups)
+
+    def _follow(self) -> None:
+        """Let the GID table be what the interface's addresses are."""
+
+        def removed(address: bytes) -> None:
+            with contextlib.suppress(StateError):  # not in the table: taken out by a command, or row 0
+                self.adapter.remove_address(address)
+
+        self.addresses = AddressWatch(self.port.index, self._followed, removed, self.adapter.port_event)
+        self.addresses.start()
+        self.watch(self.addresses.fileno(), lambda _: self.addresses.read() if self.addresses else None)
+
+    def _followed(self, address: bytes) -> None:
+        try:
+            self.adapter.add_address(address)
+        except StateError as error:
+            print(f"softroce_ext: {address_text(address)}: {error}", file=sys.stderr)
 
     def _gid_changed(self, index: int, gid: bytes | None) -> None:
         self._own_changed()
@@ -326,6 +357,9 @@ class Nic:
     def _frames_wait(self, _events: int) -> None:
         self._readable = True
 
+    def _frames_wait6(self, _events: int) -> None:
+        self._readable6 = True
+
     def _round(self, now: float) -> bool:
         """HOT. Frames in, doorbells, timers, frames out. Whether there was anything to do."""
         engine, port = self.engine, self.port
@@ -337,6 +371,13 @@ class Nic:
             receive = engine.receive
             for frame in frames:
                 receive(frame, now)
+            engine.end_of_batch(now)
+        if self._readable6:
+            frames = port.receive6()
+            self._readable6 = len(frames) == BATCH
+            busy = True
+            for frame in frames:
+                engine.receive(frame, now)
             engine.end_of_batch(now)
         if port.loopback:
             busy = True

@@ -6,6 +6,7 @@ address of this NIC itself go round inside, because a packet socket never sees t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -14,6 +15,7 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from softroce_ext.device.addressing import group_mac
 from softroce_ext.wire.frame import Path, build
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ RECEIVE_BUFFER: Final = 64 << 20
 SEND_BUFFER: Final = 4 << 20
 
 _ETH_P_IP: Final = 0x0800
+_ETH_P_IPV6: Final = 0x86DD
+_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, _PACKET_DROP_MEMBERSHIP, _PACKET_MR_MULTICAST = 263, 1, 2, 0
 _SIOCGIFHWADDR, _SIOCGIFMTU = 0x8927, 0x8921
 _SO_ATTACH_FILTER: Final = 26
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
@@ -46,10 +50,11 @@ _MMSGHDR = struct.Struct("=QIxxxxQQQQixxxxIxxxx")
 _LENGTH_WORD: Final = 14  # msg_len's place, in 32-bit words
 _WORDS: Final = _MMSGHDR.size // 4
 
-# (code, jump true, jump false, operand): IPv4, for us, UDP to port 4791, not a later fragment.
+# (code, jump true, jump false, operand): for us or for a group, IPv4, UDP to port 4791, not a later fragment.
 _ROCE_FILTER: Final = (
     (0x20, 0, 0, _PKTTYPE),
-    (0x15, 0, 9, 0),  # PACKET_HOST
+    (0x15, 1, 0, 0),  # PACKET_HOST
+    (0x15, 0, 9, 2),  # PACKET_MULTICAST
     (0x28, 0, 0, 12),
     (0x15, 0, 7, _ETH_P_IP),
     (0x30, 0, 0, 23),
@@ -58,6 +63,20 @@ _ROCE_FILTER: Final = (
     (0x45, 3, 0, 0x1FFF),
     (0xB1, 0, 0, 14),
     (0x48, 0, 0, 16),
+    (0x15, 1, 0, ROCE_PORT),
+    (0x06, 0, 0, 0),
+    (0x06, 0, 0, 0x40000),
+)
+# The same for IPv6 without extension headers.
+_ROCE_FILTER_IPV6: Final = (
+    (0x20, 0, 0, _PKTTYPE),
+    (0x15, 1, 0, 0),
+    (0x15, 0, 6, 2),
+    (0x28, 0, 0, 12),
+    (0x15, 0, 4, _ETH_P_IPV6),
+    (0x30, 0, 0, 20),
+    (0x15, 0, 2, socket.IPPROTO_UDP),
+    (0x28, 0, 0, 56),
     (0x15, 1, 0, ROCE_PORT),
     (0x06, 0, 0, 0),
     (0x06, 0, 0, 0x40000),
@@ -109,7 +128,8 @@ class Port:
         self.index = socket.if_nametoindex(name)
         self.mac, self.mtu = _hardware(name)
         self.own: set[bytes] = set()
-        """IPv4 addresses of this NIC; frames to them go round inside."""
+        """IP addresses of this NIC, and of the multicast groups with members here; frames to them go round inside."""
+        self._groups: set[bytes] = set()
         self.loopback: deque[bytes] = deque()
         self.room = BATCH
         self.capture: Capture | None = None
@@ -125,35 +145,72 @@ class Port:
         self._out_lengths = self._out.iov_words
         self._slot_limit = min(SLOT, self.mtu + 14)
 
-        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+        self._socket = self._open(_ETH_P_IP, _ROCE_FILTER)
+        self._socket6 = self._open(_ETH_P_IPV6, _ROCE_FILTER_IPV6)
         self._fd = self._socket.fileno()
-        self._set_buffer(socket.SO_RCVBUF, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
-        self._set_buffer(socket.SO_SNDBUF, _SO_SNDBUFFORCE, SEND_BUFFER)
-        _attach_filter(self._socket, _ROCE_FILTER)
-        # Bound only now: no frame that the filter would refuse gets in.
-        self._socket.bind((name, _ETH_P_IP))
+        self._in6 = _Arena()
         # Somebody must own UDP port 4791, else the kernel answers each frame with ICMP port unreachable.
-        self._silencer = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        _attach_filter(self._silencer, _DROP_ALL)
-        self._silencer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._silencer.bind(("", ROCE_PORT))
+        self._silencers = [self._silencer(socket.AF_INET, "")]
+        with contextlib.suppress(OSError):  # a kernel without IPv6
+            self._silencers.append(self._silencer(socket.AF_INET6, "::"))
 
-    def _set_buffer(self, plain: int, forced: int, size: int) -> None:
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, forced, size)
-        except PermissionError:
-            self._socket.setsockopt(socket.SOL_SOCKET, plain, size)
+    def _open(self, protocol: int, program: tuple[tuple[int, int, int, int], ...]) -> socket.socket:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+        for plain, forced, size in (
+            (socket.SO_RCVBUF, _SO_RCVBUFFORCE, RECEIVE_BUFFER),
+            (socket.SO_SNDBUF, _SO_SNDBUFFORCE, SEND_BUFFER),
+        ):
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, forced, size)
+            except PermissionError:
+                sock.setsockopt(socket.SOL_SOCKET, plain, size)
+        _attach_filter(sock, program)
+        # Bound only now: no frame that the filter would refuse gets in.
+        sock.bind((self.name, protocol))
+        return sock
+
+    def _silencer(self, family: int, anywhere: str) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        _attach_filter(sock, _DROP_ALL)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((anywhere, ROCE_PORT))
+        return sock
+
+    def set_addresses(self, own: set[bytes], groups: set[bytes]) -> None:
+        """The IP addresses of this NIC, and of the multicast groups whose frames it wants."""
+        for change, addresses in (
+            (_PACKET_ADD_MEMBERSHIP, groups - self._groups),
+            (_PACKET_DROP_MEMBERSHIP, self._groups - groups),
+        ):
+            for address in addresses:
+                member = struct.pack("=iHH8s", self.index, _PACKET_MR_MULTICAST, 6, group_mac(address))
+                with contextlib.suppress(OSError):  # the interface may be gone
+                    self._socket.setsockopt(_SOL_PACKET, change, member)
+        self._groups = set(groups)
+        self.own = own | groups
 
     def fileno(self) -> int:
-        """For the event loop."""
+        """For the event loop: IPv4 frames."""
         return self._fd
+
+    def fileno6(self) -> int:
+        """For the event loop: IPv6 frames."""
+        return self._socket6.fileno()
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def receive(self) -> list[memoryview]:
-        """HOT. The frames that have arrived, at most BATCH; valid until the next call."""
-        arena = self._in
-        count = _recvmmsg(self._fd, arena.address, BATCH, _MSG_DONTWAIT, None)
+        """HOT. The IPv4 frames that have arrived, at most BATCH; valid until the next call."""
+        return self._receive(self._fd, self._in)
+
+    def receive6(self) -> list[memoryview]:
+        """HOT. The IPv6 frames that have arrived, at most BATCH; valid until the next call."""
+        return self._receive(self._socket6.fileno(), self._in6)
+
+    def _receive(self, fd: int, arena: _Arena) -> list[memoryview]:
+        count = _recvmmsg(fd, arena.address, BATCH, _MSG_DONTWAIT, None)
         if count <= 0:
             return []
         words, views = arena.header_words, arena.views
@@ -175,7 +232,8 @@ class Port:
         length = build(path, ip_id, headers, payload, pad, view)
         if path.destination_ip in self.own:
             self.loopback.append(bytes(view[:length]))
-            return
+            if path.destination_ip not in self._groups:
+                return
         self._out_lengths[2 * slot + 1] = length
         self._filled = slot + 1
         self.room = BATCH - 1 - slot
@@ -241,6 +299,6 @@ class Port:
         return self._filled != self._sent
 
     def close(self) -> None:
-        """Close both sockets."""
-        self._socket.close()
-        self._silencer.close()
+        """Close every socket."""
+        for sock in (self._socket, self._socket6, *self._silencers):
+            sock.close()

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from softroce_ext.device import limits
+from softroce_ext.device.addressing import PORT, Addressing, Resolver, guid_of
 from softroce_ext.device.completion import CompletionQueue, SharedReceiveQueue
-from softroce_ext.device.context import Context
-from softroce_ext.device.errors import NotYet, StateError, VerbsError
+from softroce_ext.device.context import AddressHandle, Context
+from softroce_ext.device.errors import VerbsError
+from softroce_ext.device.multicast import Groups
 from softroce_ext.device.numbers import FIRST_QPN, Range
 from softroce_ext.device.queue_pair import (
     QPT_RC,
@@ -34,24 +36,15 @@ from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import Engine
 from softroce_ext.transport.qp import QueuePair as TransportQueuePair
 from softroce_ext.transport.verbs import QpState
-from softroce_ext.wire.frame import Path, udp_source_port
+from softroce_ext.wire.frame import Path
 
-V4_PREFIX: Final = bytes(10) + b"\xff\xff"
-GID_CHANGE: Final = 18
-PORT: Final = 1
+PORT_ACTIVE, PORT_ERR, GID_CHANGE = 9, 10, 18
+"""enum ib_event_type, the port's."""
 
 PACKETS_ON_THE_WAY: Final = 1024
 """Of all queue pairs of one NIC together; a port of the userspace Open vSwitch buffers about 1800 of 4 KiB."""
 MIN_WINDOW: Final = 16
 """A queue pair's least share of them."""
-
-Resolver = Callable[[bytes], bytes | None]
-"""IPv4 address (4 bytes) → MAC of the next hop (6 bytes), or None while it is being asked for."""
-
-
-def guid_of(mac: bytes) -> bytes:
-    """The EUI-64 of a MAC, as rxe makes its node GUID."""
-    return bytes([mac[0] ^ 2, mac[1], mac[2], 0xFF, 0xFE, mac[3], mac[4], mac[5]])
 
 
 class Adapter:
@@ -64,12 +57,14 @@ class Adapter:
         self.interface_mtu = interface_mtu
         self.number_base = number_base
         self.guid = guid_of(mac)
-        self.resolve = resolve
+        self.addressing = Addressing(mac, resolve)
+        self.addressing.changed = self._gid_changed
+        self.groups = Groups(engine)
+        engine.port_mtu = limits.MTU_BYTES[limits.active_mtu(interface_mtu)]
         self.contexts: dict[str, Context] = {}
         self.keys: Keys = {}
         self.queue_pairs: dict[int, QueuePair] = {}
         self.ah_numbers: set[int] = set()
-        self.gids: list[bytes | None] = [bytes.fromhex("fe80000000000000") + self.guid]
         self.gid_listeners: list[Callable[[int, bytes | None], None]] = []
         self._qpns = Range(number_base, FIRST_QPN)
         self._keys = Range(number_base)
@@ -78,34 +73,22 @@ class Adapter:
 
     # -- GID table -----------------------------------------------------------------------------------------------
 
+    @property
+    def gids(self) -> list[bytes | None]:
+        """The GID table, 16 bytes each; None: an empty row."""
+        return self.addressing.gids
+
     def addresses(self) -> list[bytes]:
-        """The IPv4 addresses of the GID table, 4 bytes each."""
-        return [gid[12:] for gid in self.gids if gid is not None and gid[:12] == V4_PREFIX]
+        """The IP addresses of the GID table, 4 or 16 bytes each; not the link-local one of row 0."""
+        return self.addressing.addresses()
 
     def add_address(self, ip: bytes) -> int:
-        """Put an IPv4 address into the first free place of the GID table; returns its index. Known ones stay."""
-        gid = V4_PREFIX + ip
-        if gid in self.gids:
-            return self.gids.index(gid)
-        if None in self.gids:
-            index = self.gids.index(None)
-            self.gids[index] = gid
-        else:
-            if len(self.gids) >= limits.GID_TABLE_LENGTH:
-                raise StateError("the GID table is full")
-            index = len(self.gids)
-            self.gids.append(gid)
-        self._gid_changed(index)
-        return index
+        """Put an address (4 or 16 bytes) into the GID table; returns its index. Known ones stay."""
+        return self.addressing.add(ip)
 
     def remove_address(self, ip: bytes) -> None:
-        """Take an IPv4 address out. Queue pairs keep theirs by address. Raises StateError when it is not there."""
-        gid = V4_PREFIX + ip
-        if gid not in self.gids:
-            raise StateError(f"{'.'.join(map(str, ip))} is not an address of this device")
-        index = self.gids.index(gid)
-        self.gids[index] = None
-        self._gid_changed(index)
+        """Take an address out. Queue pairs keep theirs by address. Raises StateError when it is not there."""
+        self.addressing.remove(ip)
 
     def _gid_changed(self, index: int) -> None:
         for listener in self.gid_listeners:
@@ -114,43 +97,33 @@ class Adapter:
             if not context.held:
                 context.post_async(PORT, GID_CHANGE)
 
-    def source_address(self, sgid_index: int) -> bytes:
-        """The IPv4 address of a GID index. Raises VerbsError(EINVAL) for an empty or a link-local one."""
-        gid = self.gids[sgid_index] if sgid_index < len(self.gids) else None
-        if gid is None or gid[:12] != V4_PREFIX:
-            raise VerbsError(errno.EINVAL, f"GID index {sgid_index} is not an IPv4 address")
-        return gid[12:]
-
-    # -- addressing ----------------------------------------------------------------------------------------------
-
-    def check_destination(self, destination: Destination) -> None:
-        """Raise VerbsError for an address vector that RoCEv2 over IPv4 cannot carry."""
-        if not destination.is_global:
-            raise VerbsError(errno.EINVAL, "RoCE needs a global route (is_global)")
-        if destination.port_num not in (0, PORT):
-            raise VerbsError(errno.EINVAL, f"port {destination.port_num}")
-        self.source_address(destination.sgid_index)
-        if destination.dgid[:12] != V4_PREFIX:
-            raise VerbsError(errno.EINVAL, "the destination GID is not an IPv4 address")
+    def port_event(self, active: bool) -> None:
+        """The link came up or went down: tell every program (IBA 11.6.3.2)."""
+        for context in self.contexts.values():
+            if not context.held:
+                context.post_async(PORT, PORT_ACTIVE if active else PORT_ERR)
 
     def path(self, destination: Destination, local_qpn: int, remote_qpn: int) -> Path:
         """The resolved path of a connection. Raises VerbsError, or NotYet while the MAC is being asked for."""
-        self.check_destination(destination)
-        remote = destination.dgid[12:]
-        if V4_PREFIX + remote in self.gids:
-            mac: bytes | None = self.mac
-        else:
-            mac = self.resolve(remote)
-        if mac is None:
-            raise NotYet(remote)
-        return Path(
-            self.mac,
-            mac,
-            self.source_address(destination.sgid_index),
-            remote,
-            udp_source_port(destination.flow_label, local_qpn, remote_qpn),
-            destination.traffic_class,
-        )
+        return self.addressing.connection_path(destination, local_qpn, remote_qpn)
+
+    # -- address handles -----------------------------------------------------------------------------------------
+
+    def create_address_handle(self, context: Context, pd: ProtectionDomain, attributes: bytes) -> AddressHandle:
+        """ibv_create_ah; attributes: struct ib_uverbs_ah_attr, 32 bytes. Raises VerbsError, or NotYet."""
+        path = self.addressing.path(Destination.of_handle(attributes), 0)
+        handle = AddressHandle(pd, attributes, self.take_ah_number())
+        pd.users += 1
+        pd.paths[handle.number] = path
+        context.add(handle)
+        return handle
+
+    def destroy_address_handle(self, context: Context, handle: AddressHandle) -> None:
+        """ibv_destroy_ah."""
+        handle.pd.users -= 1
+        del handle.pd.paths[handle.number]
+        self.ah_numbers.discard(handle.number)
+        context.remove(handle.handle)
 
     # -- regions -------------------------------------------------------------------------------------------------
 
@@ -209,9 +182,7 @@ class Adapter:
         sq_sig_all: bool,
     ) -> QueuePair:
         """ibv_create_qp. Raises VerbsError: EOPNOTSUPP for a kind we do not have, EINVAL above a limit."""
-        if kind in (QPT_UC, QPT_UD):
-            raise VerbsError(errno.EOPNOTSUPP, "UC and UD are not supported yet")
-        if kind != QPT_RC:
+        if kind not in (QPT_RC, QPT_UC, QPT_UD):
             raise VerbsError(errno.EOPNOTSUPP, f"QP type {kind}")
         if (
             wanted.max_send_wr > limits.MAX_QP_WR
@@ -223,6 +194,7 @@ class Adapter:
             raise VerbsError(errno.EINVAL, f"capabilities above the device's limits: {wanted}")
         qpn = self._qpns.take(self.queue_pairs)
         send_ring = context.channel.send_ring(wanted.max_send_wr, wanted.max_send_sge, wanted.max_inline_data)
+        send_ring.datagrams = kind == QPT_UD
         try:
             receive_ring = (
                 None if srq else context.channel.receive_ring(wanted.max_recv_wr, wanted.max_recv_sge, shared=False)
@@ -238,7 +210,7 @@ class Adapter:
             send_ring.max_inline,
         )
         transport = TransportQueuePair(
-            QpContext(qpn=qpn, sq_sig_all=sq_sig_all, srq=srq is not None),
+            QpContext(qpn=qpn, sq_sig_all=sq_sig_all, srq=srq is not None, qp_type=kind),
             send_ring,
             srq or receive_ring or NoReceiveQueue(),
             send_cq,
@@ -283,7 +255,9 @@ class Adapter:
             self.engine.ring(qp.transport)
 
     def destroy_queue_pair(self, qp: QueuePair) -> None:
-        """ibv_destroy_qp: no packet, no completion."""
+        """ibv_destroy_qp: no packet, no completion. Raises VerbsError(EBUSY) while it is in a multicast group."""
+        if qp.groups:
+            raise VerbsError(errno.EBUSY, "the queue pair is in a multicast group")
         self.engine.remove_qp(qp.qpn)
         del self.queue_pairs[qp.qpn]
         self._share_window()
@@ -322,6 +296,7 @@ class Adapter:
         """Free everything that a context owns, at once and without a packet (its process ended, or it moved away)."""
         self.contexts.pop(context.id, None)
         for qp in context.queue_pairs:
+            self.groups.leave_all(qp)
             self.engine.remove_qp(qp.qpn)
             self.queue_pairs.pop(qp.qpn, None)
             qp.free_rings()

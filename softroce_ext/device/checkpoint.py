@@ -22,10 +22,11 @@ from softroce_ext.device.completion import (
 from softroce_ext.device.context import AddressHandle, Context
 from softroce_ext.device.errors import ImageError, VerbsError
 from softroce_ext.device.memory import ProcessMemory
-from softroce_ext.device.queue_pair import Capabilities, Destination, QueuePair
+from softroce_ext.device.queue_pair import QPT_RC, QPT_UC, QPT_UD, Capabilities, Destination, QueuePair
 from softroce_ext.device.regions import KEY_BITS, MemoryRegion, MemoryWindow, ProtectionDomain
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.qp import QueuePair as TransportQueuePair
+from softroce_ext.wire.path import Path
 
 MakeChannel = Callable[[str, tuple[int, int], list[tuple[int, int]]], Any]
 """(context id, (uid, gid), ranges that rings will take) → a channel with `restore_*` methods."""
@@ -105,7 +106,13 @@ def _dump_context(context: Context, rings: im.RingSection) -> im.ContextRecord:
             for srq in context.of(SharedReceiveQueue)
         ],
         ahs=[
-            im.AhRecord(handle=ah.handle, pd=ah.pd.handle, number=ah.number, attributes=ah.attributes.hex())
+            im.AhRecord(
+                handle=ah.handle,
+                pd=ah.pd.handle,
+                number=ah.number,
+                attributes=ah.attributes.hex(),
+                path=ah.pd.paths[ah.number].to_plain(),
+            )
             for ah in context.of(AddressHandle)
         ],
         qps=[_dump_qp(qp, rings) for qp in context.queue_pairs],
@@ -128,6 +135,7 @@ def _dump_qp(qp: QueuePair, rings: im.RingSection) -> im.QpRecord:
         send_ring=rings.add(qp.send_ring.dump()),
         receive_ring=rings.add(qp.receive_ring.dump()) if qp.receive_ring is not None else None,
         async_events=qp.async_events,
+        groups=[group.hex() for group in qp.groups],
         context=qp.transport.context.to_plain(),
     )
 
@@ -152,7 +160,7 @@ def restore(
     make_channel: MakeChannel,
     addresses: dict[bytes, bytes] | None = None,
 ) -> list[Context]:
-    """Make every object of an image, all or nothing; `addresses`: IPv4 address there → here. Raises ImageError."""
+    """Make every object of an image, all or nothing; `addresses`: IP address there → here. Raises ImageError."""
     check(adapter, image)
     made: list[Context] = []
     try:
@@ -255,11 +263,17 @@ def _fill(
     for ah in record.ahs:
         handle = AddressHandle(_pd(by_handle, ah.pd), bytes.fromhex(ah.attributes), ah.number)
         handle.pd.users += 1
+        handle.pd.paths[ah.number] = _moved(adapter, Path.from_plain(ah.path), addresses)
         adapter.ah_numbers.add(ah.number)
         enter(ah.handle, handle)
     for qp in record.qps:
         _restore_qp(adapter, context, qp, rings, enter, addresses)
     context.handles.claim(by_handle)
+
+
+def _moved(adapter: Adapter, path: Path, addresses: dict[bytes, bytes]) -> Path:
+    """From here on the frames leave this host. The address moved along, unless there is another for it."""
+    return path.replace(source_mac=adapter.mac, source_ip=addresses.get(path.source_ip, path.source_ip))
 
 
 def _pd(objects: dict[int, Any], handle: int) -> ProtectionDomain:
@@ -300,13 +314,14 @@ def _restore_qp(
     capabilities = Capabilities(*record.capabilities)
     _check_qp_context(record.context)
     qp_context = QpContext.from_plain(record.context)
+    if qp_context.qp_type != record.kind or record.kind not in (QPT_RC, QPT_UC, QPT_UD):
+        raise ImageError(f"queue pair {record.handle}: type {record.kind}, in its context {qp_context.qp_type}")
     if qp_context.path is not None:
-        # From here on the frames leave this host. The address moved along, unless there is another for it.
-        here = addresses.get(qp_context.path.source_ip, qp_context.path.source_ip)
-        qp_context.path = qp_context.path.replace(source_mac=adapter.mac, source_ip=here)
+        qp_context.path = _moved(adapter, qp_context.path, addresses)
     send_ring = channel.restore_send_ring(
         rings.take(record.send_ring), capabilities.max_send_sge, capabilities.max_inline_data
     )
+    send_ring.datagrams = record.kind == QPT_UD
     receive_ring = None
     if record.receive_ring is not None:
         receive_ring = channel.restore_receive_ring(rings.take(record.receive_ring), capabilities.max_recv_sge, False)
@@ -332,5 +347,7 @@ def _restore_qp(
     qp.async_events = record.async_events
     enter(record.handle, qp)
     adapter.adopt(qp)
+    for group in record.groups:
+        adapter.groups.enter(qp, bytes.fromhex(group))
     transport.stop()
     channel.may_post(record.handle, qp_context.state >= 3)

@@ -12,6 +12,8 @@ from softroce_ext.device.numbers import Handles
 from softroce_ext.device.queue_pair import QueuePair
 from softroce_ext.device.regions import MemoryRegion, MemoryWindow, ProtectionDomain
 from softroce_ext.device.shared import EventFifo
+from softroce_ext.transport.verbs import QpType
+from softroce_ext.wire.path import address_text
 
 Object = Any
 _T = TypeVar("_T")
@@ -117,8 +119,9 @@ def queue_pair_summary(qp: QueuePair) -> dict[str, Any]:
         "handle": qp.handle,
         "state": c.state,
         "remote_qpn": c.destination_qpn,
-        "local_ip": ".".join(map(str, path.source_ip)) if path is not None else None,
-        "remote_ip": ".".join(map(str, path.destination_ip)) if path is not None else None,
+        "type": QpType(c.qp_type).name,
+        "local_ip": address_text(path.source_ip) if path is not None else None,
+        "remote_ip": address_text(path.destination_ip) if path is not None else None,
         "path_mtu": c.path_mtu,
         "send_psn": c.send_psn,
         "expected_psn": c.expected_psn,

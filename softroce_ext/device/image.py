@@ -24,7 +24,7 @@ except ImportError:  # the standard library's does the same, slower
     from zlib import compress
 
 MAGIC: Final = b"MIGROS NIC IMAGE 1\n"
-VERSION: Final = 1
+VERSION: Final = 2
 _LENGTHS = struct.Struct("<QQ")
 _CRC = struct.Struct("<I")
 MAX_IMAGE: Final = 1 << 31
@@ -84,6 +84,8 @@ class AhRecord(_Record):
     pd: int = _HANDLE
     number: int = _U32
     attributes: str
+    path: dict[str, int | str]
+    """wire.path.Path.to_plain."""
 
 
 class ChannelRecord(_Record):
@@ -126,6 +128,8 @@ class QpRecord(_Record):
     send_ring: RingRecord
     receive_ring: RingRecord | None
     async_events: int = Field(ge=0)
+    groups: list[str]
+    """GIDs of its multicast groups, in hexadecimal."""
     context: dict[str, Any]
     """transport.context.QpContext.to_plain."""
 

@@ -22,6 +22,10 @@ _DESTINATION = struct.Struct("<16sIHHBBBBBBBB")
 """struct ib_uverbs_qp_dest."""
 
 
+_HANDLE_ATTRIBUTES = struct.Struct("<16sIBBBxHBBBBBx")
+"""struct ib_uverbs_ah_attr: a struct ib_uverbs_global_route, then the local part."""
+
+
 class Destination(NamedTuple):
     """An address vector (struct ib_uverbs_qp_dest, in its order)."""
 
@@ -41,6 +45,16 @@ class Destination(NamedTuple):
     def pack(self) -> bytes:
         """32 bytes."""
         return _DESTINATION.pack(*self)
+
+    @classmethod
+    def of_handle(cls, attributes: bytes) -> Destination:
+        """From the 32 bytes of struct ib_uverbs_ah_attr (its fields are those of a queue pair's, in another order)."""
+        dgid, flow_label, sgid_index, hop_limit, traffic_class, dlid, sl, bits, rate, is_global, port = (
+            _HANDLE_ATTRIBUTES.unpack(attributes)
+        )
+        return cls(
+            dgid, flow_label, dlid, 0, sgid_index, hop_limit, traffic_class, sl, bits, rate, is_global, port
+        )  # fmt: skip
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> Destination:
@@ -79,6 +93,7 @@ class QueuePair:
         "capabilities",
         "context",
         "destination",
+        "groups",
         "handle",
         "kind",
         "pd",
@@ -118,6 +133,8 @@ class QueuePair:
         self.transport = transport
         self.handle = 0
         self.async_events = 0
+        self.groups: list[bytes] = []
+        """GIDs of the multicast groups that it is in."""
         self.destination = Destination()
         self.alternate = Destination()
 

@@ -44,6 +44,9 @@ class Ring(Protocol):
 class SendRing(Ring, Protocol):
     """transport.interfaces.SendQueue in shared memory."""
 
+    datagrams: bool
+    """Its work requests are a UD queue pair's: they name an address handle."""
+
     def fetch(self) -> SendWqe | None: ...
     def retire(self) -> None: ...
 

@@ -22,7 +22,6 @@ from softroce_ext.device.completion import (
 )
 from softroce_ext.device.context import AddressHandle, Context
 from softroce_ext.device.errors import VerbsError
-from softroce_ext.device.queue_pair import Destination
 from softroce_ext.device.regions import MemoryRegion, MemoryWindow, ProtectionDomain, check_access
 from softroce_ext.transport.interfaces import MemoryFault
 from softroce_ext.uverbs import abi
@@ -153,22 +152,14 @@ def create_ah(adapter: Adapter, context: Context, body: Body) -> Answer:
     attributes = bytes(body[24:56])
     if len(attributes) < 32:
         raise VerbsError(errno.EINVAL, "short command")
-    # struct ib_uverbs_ah_attr: dgid 16, flow label 4, sgid_index, hop limit, traffic class, reserved, …, is_global @29
-    destination = Destination(
-        dgid=attributes[:16], sgid_index=attributes[20], is_global=attributes[29], port_num=attributes[30]
-    )
-    adapter.check_destination(destination)
-    handle = AddressHandle(pd, attributes, adapter.take_ah_number())
-    pd.users += 1
-    return Answer(abi.U32X3.pack(context.add(handle), handle.number, 0))
+    handle = adapter.create_address_handle(context, pd, attributes)
+    return Answer(abi.U32X3.pack(handle.handle, handle.number, 0))
 
 
 @handles(Command.DESTROY_AH)
 def destroy_ah(adapter: Adapter, context: Context, body: Body) -> Answer:
     handle = context.get(abi.U32.unpack_from(body)[0], AddressHandle)
-    handle.pd.users -= 1
-    adapter.ah_numbers.discard(handle.number)
-    context.remove(handle.handle)
+    adapter.destroy_address_handle(context, handle)
     return Answer()
 
 

@@ -196,11 +196,13 @@ def post_send(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 @handles(Command.ATTACH_MCAST)
 def attach_mcast(adapter: Adapter, context: Context, body: Body) -> Answer:
-    context.get(abi.U32.unpack_from(body, 16)[0], QueuePair)
-    raise VerbsError(errno.EINVAL, "only UD queue pairs join multicast groups")
+    mgid, handle, mlid = abi.MCAST.unpack_from(body)
+    adapter.groups.attach(context.get(handle, QueuePair), mgid, mlid)
+    return Answer()
 
 
 @handles(Command.DETACH_MCAST)
 def detach_mcast(adapter: Adapter, context: Context, body: Body) -> Answer:
-    context.get(abi.U32.unpack_from(body, 16)[0], QueuePair)
-    raise VerbsError(errno.EINVAL, "not a member of the group")
+    mgid, handle, _ = abi.MCAST.unpack_from(body)
+    adapter.groups.detach(context.get(handle, QueuePair), mgid)
+    return Answer()

@@ -44,7 +44,9 @@ _WR_BIND_MW: Final = 8
 BAD_OPCODE: Final = 255
 """What `fetch` gives for an element that makes no sense; the requester completes it as LOC_QP_OP_ERR."""
 _INLINE: Final = 8
-_QPT_UD: Final = 4
+_UD_AT: Final = 24
+_UD = Struct("<IIH2xI")
+"""The union of a datagram: remote_qpn 24, remote_qkey 28, pkey_index 32, ah_num 36."""
 
 
 def power_of_two(number: int) -> int:
@@ -158,7 +160,7 @@ class _WorkRing(Ring):
 class SendRing(_WorkRing):
     """A send queue (transport.interfaces.SendQueue)."""
 
-    __slots__ = ("_ud", "max_inline")
+    __slots__ = ("datagrams", "max_inline")
 
     def __init__(
         self,
@@ -173,6 +175,7 @@ class SendRing(_WorkRing):
     ) -> None:
         super().__init__(fd, offset, slots, element, free, max_sge, fresh)
         self.max_inline = max_inline
+        self.datagrams = False
 
     def fetch(self) -> SendWqe | None:
         """HOT. Copy out the next posted request. One that makes no sense comes with opcode BAD_OPCODE."""
@@ -184,11 +187,15 @@ class SendRing(_WorkRing):
         at = HEADER + (fetched << self.log2)
         wr_id, opcode, flags, imm, remote, second, swap, atomic_rkey = _SEND_HEAD.unpack_from(ring, at)
         length, count = _DMA.unpack_from(ring, at + _SEND_DMA_AT)
+        destination = None
+        if self.datagrams:
+            remote_qpn, qkey, _, ah_number = _UD.unpack_from(ring, at + _UD_AT)
+            destination = ah_number, remote_qpn, qkey
         if flags & _INLINE and opcode < 10 and opcode not in (4, 5, 6, 7, 8):
             if length > self.max_inline:
                 return SendWqe(wr_id, BAD_OPCODE, flags, 0, 0, (), None, 0, 0, 0, 0, None)
             data = bytes(ring[at + SEND_WQE : at + SEND_WQE + length])
-            return SendWqe(wr_id, opcode, flags, imm, length, (), data, remote, second & 0xFFFFFFFF, 0, 0, None)
+            return SendWqe(wr_id, opcode, flags, imm, length, (), data, remote, second & 0xFFFFFFFF, 0, 0, destination)
         if count > self.max_sge:
             return SendWqe(wr_id, BAD_OPCODE, flags, 0, 0, (), None, 0, 0, 0, 0, None)
         if opcode == _WR_BIND_MW:
@@ -198,7 +205,7 @@ class SendRing(_WorkRing):
         sges, length = self._sges(at + SEND_WQE, count)
         if opcode in _WR_ATOMIC:
             return SendWqe(wr_id, opcode, flags, imm, length, sges, None, remote, atomic_rkey, second, swap, None)
-        return SendWqe(wr_id, opcode, flags, imm, length, sges, None, remote, second & 0xFFFFFFFF, 0, 0, None)
+        return SendWqe(wr_id, opcode, flags, imm, length, sges, None, remote, second & 0xFFFFFFFF, 0, 0, destination)
 
 
 class ReceiveRing(_WorkRing):

@@ -92,6 +92,9 @@ def test_round_trip(full: Program, second_upper: Make, tmp_path: Path) -> None:
     there, here = before.contexts[0].qps[0].context, after.contexts[0].qps[0].context
     assert WirePath.from_plain(here["path"]).source_mac == other.adapter.mac
     here["path"]["source_mac"] = there["path"]["source_mac"]
+    for ah, ah_there in zip(after.contexts[0].ahs, before.contexts[0].ahs, strict=True):
+        assert WirePath.from_plain(ah.path).source_mac == other.adapter.mac
+        ah.path["source_mac"] = ah_there.path["source_mac"]
     assert after.contexts == before.contexts
 
 
