@@ -24,11 +24,12 @@ HOLD = "mkdir -p /run/migros && mount -t tmpfs tmpfs /run/migros && echo up && e
 
 
 class Host:
-    """One virtual host: `number` k has address 10.9.0.k on interface eth0."""
+    """One virtual host: `number` k has addresses 10.9.0.k (GID index 1) and fd09::k (index 2) on interface eth0."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.ip = f"10.9.0.{number}"
+        self.ip6 = f"fd09::{number}"
         self.nic: subprocess.Popen[str] | None = None
         self._holder = subprocess.Popen(
             ["unshare", "--net", "--mount", "sh", "-c", HOLD], stdout=subprocess.PIPE, text=True
@@ -75,7 +76,17 @@ class Host:
 
     def start_nic(self, *options: str) -> None:
         """Start this host's NIC and wait until it is ready."""
-        words = [sys.executable, "-m", "softroce_ext", "--interface", "eth0", "--address", self.ip]
+        words = [
+            sys.executable,
+            "-m",
+            "softroce_ext",
+            "--interface",
+            "eth0",
+            "--address",
+            self.ip,
+            "--address",
+            self.ip6,
+        ]
         words += ["--run-dir", RUN, "--number-base", str(self.number), *options]
         self.nic = subprocess.Popen(self.enter(*words), stdout=subprocess.PIPE, text=True)
         assert self.nic.stdout is not None
@@ -122,6 +133,7 @@ def hosts(mtu: int = 9000) -> Iterator[tuple[Host, Host]]:
                 ["ip", "link", "set", "lo", "up"],
                 ["ip", "link", "set", "eth0", "mtu", str(mtu), "up"],
                 ["ip", "address", "add", f"{host.ip}/24", "dev", "eth0"],
+                ["ip", "address", "add", f"{host.ip6}/64", "dev", "eth0", "nodad"],
                 ["ethtool", "-K", "eth0", "tx", "off", "gso", "off", "gro", "off"],
             ):
                 subprocess.run(host.enter(*words), check=True, stdout=subprocess.DEVNULL)

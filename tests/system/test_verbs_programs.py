@@ -52,7 +52,7 @@ def test_a_changed_address_is_seen_in_place(joined: tuple[Host, Host]) -> None:
     host = joined[0]
     before = host.path("/run/migros/nic/sys/class/infiniband/rxe0").stat().st_mtime_ns
     with host.control() as control:
-        assert control.call("address_add", ip="10.9.0.77") == {"index": 2}
+        assert control.call("address_add", ip="10.9.0.77") == {"index": 3}
         assert "::ffff:10.9.0.77" in host.run("ibv_devinfo", "-v", program=True).stdout
         control.call("address_remove", ip="10.9.0.77")
     assert "10.9.0.77" not in host.run("ibv_devinfo", "-v", program=True).stdout
@@ -70,6 +70,20 @@ def test_pingpong_checks_its_data(joined: tuple[Host, Host], mtu: int, events: l
         assert "invalid data" not in output
 
 
+@pytest.mark.parametrize("gid", ["0", "1", "2"], ids=["link-local", "IPv4", "IPv6"])
+@pytest.mark.parametrize("program", ["ibv_rc_pingpong", "ibv_uc_pingpong", "ibv_ud_pingpong", "ibv_srq_pingpong"])
+def test_pingpongs_of_every_service_and_family(joined: tuple[Host, Host], program: str, gid: str) -> None:
+    """libibverbs' examples over each kind of GID, polling and with events; their data check where they have one."""
+    for events in ([], ["-e"]):
+        words = [program, "-g", gid, "-n", "60", *events]
+        words += ["-s", "2000"] if program == "ibv_ud_pingpong" else ["-s", "9000", "-m", "1024"]
+        words += ["-c"] if program != "ibv_srq_pingpong" else []
+        server, client = pair(*joined, words)
+        for code, output in (server, client):
+            assert code == 0, output
+            assert "invalid data" not in output
+
+
 LATENCY = [f"ib_{kind}_lat -n 100" for kind in ("send", "write", "read")]
 BANDWIDTH = [f"ib_{kind}_bw -n 100" for kind in ("send", "write", "read")]
 MORE = [
@@ -81,13 +95,23 @@ MORE = [
     "ib_write_bw -n 20 -s 1048576 -m 4096",
     "ib_send_lat -n 20 -s 64 -I 64",
     "ib_atomic_lat -n 50",
+    "ib_atomic_bw -n 50",
+    "ib_send_lat -n 50 --use-srq",
+    *(f"ib_{kind}_{what} -n 50 -c UC" for kind in ("send", "write") for what in ("lat", "bw")),
+    *(f"ib_send_{what} -n 50 -c UD" for what in ("lat", "bw")),
+    "ib_send_lat -n 50 -c UD -e",
 ]
+IPV6 = [f"ib_{kind}_{what} -n 30" for kind in ("send", "write", "read", "atomic") for what in ("lat", "bw")]
+IPV6 += ["ib_send_lat -n 30 -c UD", "ib_write_bw -n 30 -c UC"]
 
 
-@pytest.mark.parametrize("command", LATENCY + BANDWIDTH + MORE)
-def test_perftest(joined: tuple[Host, Host], command: str) -> None:
-    """perftest's programs end with exit code 0 and print a result."""
-    words = [*command.split(), "-x", "1", "-F"]
+@pytest.mark.parametrize(
+    ("command", "gid"),
+    [(command, "1") for command in LATENCY + BANDWIDTH + MORE] + [(command, "2") for command in IPV6],
+)
+def test_perftest(joined: tuple[Host, Host], command: str, gid: str) -> None:
+    """perftest's programs end with exit code 0 and print a result; GID index 1 is IPv4, 2 IPv6."""
+    words = [*command.split(), "-x", gid, "-F"]
     server, client = pair(*joined, words)
     assert server[0] == 0, server[1]
     assert client[0] == 0, client[1]

@@ -165,9 +165,7 @@ def test_noise_is_answered_and_harms_nobody(upper: Upper, program: Program) -> N
     assert other.objects()["pd"] == 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "error"), [(2, 0), (3, 0), (4, 0), (8, errno.EOPNOTSUPP), (9, errno.EOPNOTSUPP)]
-)
+@pytest.mark.parametrize(("kind", "error"), [(2, 0), (3, 0), (4, 0), (8, errno.EOPNOTSUPP), (9, errno.EOPNOTSUPP)])
 def test_kinds_of_queue_pairs(program: Program, kind: int, error: int) -> None:
     """RC, UC and UD; raw packets and XRC are refused."""
     made = program.objects()
