@@ -12,7 +12,6 @@ from softroce_ext.device.numbers import Handles
 from softroce_ext.device.queue_pair import QueuePair
 from softroce_ext.device.regions import MemoryRegion, MemoryWindow, ProtectionDomain
 from softroce_ext.device.shared import EventFifo
-from softroce_ext.transport.verbs import QpType
 from softroce_ext.wire.path import address_text
 
 Object = Any
@@ -119,7 +118,6 @@ def queue_pair_summary(qp: QueuePair) -> dict[str, Any]:
         "handle": qp.handle,
         "state": c.state,
         "remote_qpn": c.destination_qpn,
-        "type": QpType(c.qp_type).name,
         "local_ip": address_text(path.source_ip) if path is not None else None,
         "remote_ip": address_text(path.destination_ip) if path is not None else None,
         "path_mtu": c.path_mtu,
