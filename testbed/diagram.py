@@ -10,8 +10,10 @@ import bisect
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
+from testbed.diagram_axis import Axis, Point
 from testbed.errors import BadInput
 from testbed.trace import Flight, Trace, connection, flights
 
@@ -19,8 +21,6 @@ MAX_ARROWS: Final = 45
 """Arrows and bands in a picture where no window of time is asked for."""
 MIN_RUN: Final = 5
 """Packets of one kind in a row that become a band."""
-LONGEST_WAIT: Final = 3.0
-"""Rows that a wait takes at most."""
 FLIGHT_ROWS: Final = 1.2
 """Rows that the median packet is on its way."""
 
@@ -62,6 +62,10 @@ class Note:
     kind: str
     """state, timer, completion or error."""
     row: float = 0.0
+
+    def put(self, row: float) -> None:
+        """Say where it is."""
+        self.row = row
 
 
 @dataclass(slots=True)
@@ -131,11 +135,7 @@ def layout(
         raise BadInput("no packet in this window", hint=f"the packets lie between 0 and {last:.3f} ms")
     window = min(arrow.flight.at for arrow in shown), max(max(arrow.times()) for arrow in shown)
     notes = _notes(traces, qpns, *window)
-    rows = _Rows(shown, notes, window)
-    for arrow in shown:
-        arrow.rows = [rows.at(when) for when in arrow.times()]
-    for note in notes:
-        note.row = rows.at(note.at)
+    rows = _axis(shown, notes)
     left_out = sum(arrow.count for arrow in arrows) - sum(arrow.count for arrow in shown)
     return Layout(
         columns, qpns, shown, notes, list(_spans(traces, qpns, rows)), rows.ticks(origin), rows.waits,
@@ -221,6 +221,10 @@ def _elide(arrows: Sequence[Arrow]) -> list[Arrow]:
         done.append(band)
 
     for arrow in arrows:
+        for column, others in list(runs.items()):
+            # An ACK answers what came between it and the one before: only ACKs with nothing between are one band.
+            if column != arrow.sender and others[-1].flight.line["opcode"] == "RC_ACKNOWLEDGE":
+                end_run(column)
         run = runs.get(arrow.sender)
         if run and _alike(run[-1], arrow):
             run.append(arrow)
@@ -297,14 +301,16 @@ def _state_text(before: dict[str, Any], now: dict[str, Any]) -> str:
             said.append(begins)
         elif before.get(name) and not now[name] and ends:
             said.append(ends)
+    if said == ["Stopped"] and not before:
+        said = ["restored, Stopped"]
     if before and now.get("remote_ip") != before.get("remote_ip") and before.get("remote_ip"):
         said.append(f"partner is at {now.get('remote_ip')}")
     return ", ".join(said)
 
 
-def _spans(traces: Sequence[Trace], qpns: frozenset[int], rows: _Rows) -> Iterable[Span]:
+def _spans(traces: Sequence[Trace], qpns: frozenset[int], rows: Axis) -> Iterable[Span]:
     for column, trace in enumerate(traces):
-        changes: list[tuple[float, str]] = []
+        changes: list[tuple[float, str]] = [(float("-inf"), "gone")]  # until its first line it is not there
         for line in trace.lines:
             if line.get("qpn") not in qpns or line["event"] not in ("state", "gone"):
                 continue
@@ -315,67 +321,24 @@ def _spans(traces: Sequence[Trace], qpns: frozenset[int], rows: _Rows) -> Iterab
             changes.append((line["t"], kind))
         for (begin, kind), (end, _) in zip(changes, [*changes[1:], (float("inf"), "")], strict=True):
             top, bottom = rows.at(begin), rows.at(end)
-            if kind and bottom > top:
+            if kind and bottom > max(top, 0.0):
                 yield Span(column, kind, top, bottom)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-class _Rows:
-    """The vertical axis: seconds → rows."""
-
-    def __init__(self, arrows: Sequence[Arrow], notes: Sequence[Note], window: tuple[float, float]) -> None:
-        self.waits: list[tuple[float, float]] = []
-        self._times: list[float] = []
-        self._rows: list[float] = []
-        self._labelled: list[float] = []
-        spent = [b - a for arrow in arrows for a, b in [_ends(arrow.flight)] if b > a]
-        rate = FLIGHT_ROWS / (statistics.median(spent) if spent else 1e-4)
-        # (time, side of a label, whether one is written there): labels of the two ends may be level, but not within a
-        # row of another label, or of an arrow's tip, at the same end.
-        points: list[tuple[float, int, bool]] = []
-        for arrow in arrows:
-            first, received, *others = arrow.times()
-            points.append((first, arrow.sender, True))
-            points.append((received, arrow.receiver, False))
-            points += [(when, side, False) for when, side in zip(others, (arrow.sender, arrow.receiver), strict=False)]
-        points += [(note.at, 100 + note.column, bool(note.text)) for note in notes]
-        points.sort(key=lambda point: point[0])
-        begin = window[0]
-        row, previous = 0.0, points[0][0] if points else begin
-        lowest: dict[int, float] = {}
-        for when, side, written in points:
-            step = (when - previous) * rate
-            if step > LONGEST_WAIT:
-                self.waits.append((row + LONGEST_WAIT / 2, (when - previous) * 1000))
-                step = LONGEST_WAIT
-            row += step
-            if written:
-                row = max(row, lowest.get(side, row - 1) + 1)
-                self._labelled.append(when)
-            lowest[side] = row
-            self._times.append(when)
-            self._rows.append(row)
-            previous = when
-        self.height = row + 0.5
-
-    def at(self, when: float) -> float:
-        """The row of a moment; before the first and after the last the ends of the axis."""
-        index = bisect.bisect_left(self._times, when)
-        if index == len(self._times):
-            return self.height
-        if self._times[index] == when or index == 0:
-            return self._rows[index] if self._times[index] == when else -0.5
-        t0, t1 = self._times[index - 1], self._times[index]
-        r0, r1 = self._rows[index - 1], self._rows[index]
-        return r0 + (r1 - r0) * (when - t0) / (t1 - t0)
-
-    def ticks(self, origin: float) -> list[tuple[float, float]]:
-        """Moments to write at the axis, at least two rows apart."""
-        found: list[tuple[float, float]] = []
-        for when in self._labelled:
-            row = self.at(when)
-            if not found or row >= found[-1][0] + 2:
-                found.append((row, (when - origin) * 1000))
-        return found
+def _axis(arrows: Sequence[Arrow], notes: Sequence[Note]) -> Axis:
+    """Give arrows and notes their rows."""
+    spent = [b - a for arrow in arrows for a, b in [_ends(arrow.flight)] if b > a]
+    points = [Point(note.at, 1, 100 + note.column, bool(note.text), note.put) for note in notes]
+    for arrow in arrows:
+        times = arrow.times()
+        arrow.rows = [0.0] * len(times)
+        for index, when in enumerate(times):
+            sent = index % 2 == 0
+            # Of one moment: receptions, then what they cause, then ends that nobody saw.
+            order = 1 if sent else 0 if when > times[index - 1] else 2
+            side = arrow.sender if sent else arrow.receiver
+            points.append(Point(when, order, side, index == 0, partial(arrow.rows.__setitem__, index)))
+    return Axis(points, FLIGHT_ROWS / (statistics.median(spent) if spent else 1e-4))

@@ -80,5 +80,7 @@ def _print(reports: list[dict[str, Any]]) -> None:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 132
     for report in reports:
-        console.print()
-        console.print(nic_tables.render(report))
+        with console.capture() as capture:
+            console.print(nic_tables.render(report))
+        typer.echo()
+        typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
