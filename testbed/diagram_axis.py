@@ -1,4 +1,4 @@
-"""The vertical axis of a sequence diagram: seconds become rows, labels keep their distance, long waits are cut short."""
+"""A sequence diagram's vertical axis: seconds become rows, labels keep their distance, long waits are cut short."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
     """Show runs and their NICs. Devices, programs, queue pairs, counters; killed runs that `testbed clean` removes."""
     from testbed import state
 
-    runs = state.runs()
+    runs = state.runs(state.BASE)
     nics, problems = _nics(runs)
     if as_json:
         rows = [
@@ -61,7 +61,7 @@ def _nics(runs: list[Run]) -> tuple[list[dict[str, Any]], list[str]]:
         return [], []
     reports, problems = [], []
     try:
-        for nic in nics.running():
+        for nic in nics.running(state.BASE):
             try:
                 reports.append(nics.report(nic))
             except TestbedError as error:
