@@ -54,7 +54,7 @@ def _line(run: Run) -> str:
 
 def _nics(runs: list[Run]) -> tuple[list[dict[str, Any]], list[str]]:
     """Reports of all running NICs, and why some are missing. A NIC that ends meanwhile is no error of the verb."""
-    from testbed import nics
+    from testbed import nics, state
     from testbed.errors import TestbedError
 
     if not any(run.alive for run in runs):
