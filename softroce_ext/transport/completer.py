@@ -57,6 +57,7 @@ def receive_answer(qp: QueuePair, packet: Packet, flags: int, now: float) -> Non
     """HOT. Take one response packet. `flags`: the opcode's OpFlag bits."""
     context = qp.context
     if context.stopped:
+        qp.counters["dropped_stopped"] += 1
         return  # frozen: what was not acknowledged at the stop comes again after the move
     if context.resume_pending and flags & _ACK and migros.resume_answer(qp, packet, now):
         return
@@ -64,8 +65,7 @@ def receive_answer(qp: QueuePair, packet: Packet, flags: int, now: float) -> Non
     ahead = psn - context.una_psn & PSN_MASK
     if ahead >= (context.high_psn - context.una_psn & PSN_MASK):
         # Acknowledged already (harmless) or never sent (a lie); neither completes anything.
-        if ahead < PSN_HALF:
-            qp.counters["rcvd_unsent_ack"] += 1
+        qp.counters["rcvd_unsent_ack" if ahead < PSN_HALF else "rcvd_old_answer"] += 1
         return
     if flags & _READ:
         _read_response(qp, packet, flags, now)
@@ -143,6 +143,7 @@ def _answer_lost(qp: QueuePair) -> None:
     """The oldest READ's or atomic's answer was lost: ask again, once until something is acknowledged."""
     context = qp.context
     if context.retry_started:
+        qp.counters["dropped_answer_ahead"] += 1
         return
     if not take_retry(qp):
         fail_oldest(qp, WcStatus.RETRY_EXC_ERR)
@@ -182,6 +183,7 @@ def _read_response(qp: QueuePair, packet: Packet, flags: int, now: float) -> Non
         record = context.inflight[0]
     else:
         if not qp.config.retry_read_gaps and _within_oldest_read(context, psn):
+            qp.counters["dropped_answer_ahead"] += 1
             return
         found = _oldest_for(qp, psn, now)
         if found is None:

@@ -33,6 +33,9 @@ _SEND, _RECV = int(WcOpcode.SEND), int(WcOpcode.RECV)
 _FLUSHED = int(WcStatus.WR_FLUSH_ERR)
 _ERR = int(QpState.ERR)
 
+FLUSH_LIMIT = 4096
+"""Work requests of one queue that one turn flushes."""
+
 
 def settle(qp: QueuePair, now: float) -> None:
     """Deal with an oldest request that has failed here or was a local operation; notice a drained queue."""
@@ -149,14 +152,24 @@ def enter_error(qp: QueuePair, receive_status: int | None, event: QpEvent | None
 
 
 def flush(qp: QueuePair) -> None:
-    """ERR: return whatever is posted."""
-    while (wqe := qp.send_queue.fetch()) is not None:
+    """ERR: return whatever is posted, at most FLUSH_LIMIT of each kind at a time (a program may post for ever)."""
+    for _ in range(FLUSH_LIMIT):
+        wqe = qp.send_queue.fetch()
+        if wqe is None:
+            break
         _flush_send(qp, wqe.wr_id, wqe.opcode, _FLUSHED)
+    else:
+        qp.more = True
     if qp.context.srq:
         return
-    while (receive := qp.receive_queue.fetch()) is not None:
+    for _ in range(FLUSH_LIMIT):
+        receive = qp.receive_queue.fetch()
+        if receive is None:
+            break
         _flush_receive(qp, receive.wr_id, _FLUSHED)
         qp.receive_queue.retire()
+    else:
+        qp.more = True
 
 
 def _flush_send(qp: QueuePair, wr_id: int, opcode: int, status: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 from softroce_ext.transport.answers import RequestFault, refuse, withdraw
@@ -212,7 +212,9 @@ class Engine:
         quantum = self.config.quantum
         room = sink.room
         total = 0
-        while ready and room > 0:
+        turns = 2 * len(ready) + room  # a turn may send nothing and leave more (flushing, local operations)
+        while ready and room > 0 and turns > 0:
+            turns -= 1
             qp = ready.popleft()
             qp.ready = False
             sent = qp.transmit(now, sink, quantum if quantum < room else room)
@@ -238,7 +240,13 @@ class Engine:
 
     def push_timer(self, when: float, qp: QueuePair) -> None:
         """Have `qp.on_timer` called at `when`."""
-        heappush(self._timers, (when, qp.context.qpn))
+        timers = self._timers
+        if len(timers) > 64 + 4 * len(self.qps):
+            # Entries that were replaced by earlier ones, or whose queue pair has gone, would lie here until their time.
+            qps = self.qps
+            timers[:] = {entry for entry in timers if (live := qps.get(entry[1])) and live.heap_at == entry[0]}
+            heapify(timers)
+        heappush(timers, (when, qp.context.qpn))
 
     def _memory_gone(self, qp: QueuePair, as_responder: bool) -> None:
         """This batch's data could not be stored: what they would have completed fails, and the queue pair with it."""

@@ -162,6 +162,8 @@ def resume_answer(qp: QueuePair, packet: Packet, now: float) -> bool:
         context.resume_since = now
         pause(qp, packet.psn, now)
         return True
+    if receiver:
+        qp.counters["refused_state"] += 1
     return receiver
 
 

@@ -234,6 +234,8 @@ class QueuePair:
             responder.receive_request(self, packet, flags, now)
         elif context.state in _RTS_SQD or context.resume_pending:
             completer.receive_answer(self, packet, flags, now)
+        else:
+            counters["refused_state"] += 1
 
     def transmit(self, now: float, sink: FrameSink, budget: int) -> int:
         """HOT. Send up to `budget` frames; returns how many. `more` says whether there would have been more."""

@@ -97,6 +97,7 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
                 context.cursor += 1  # gone back over it: once is enough
                 continue
             local_operation(qp, record, now)
+            budget -= 1  # it sends nothing, but a program may post them for ever
             continue
         room = window - (context.send_psn - context.una_psn & PSN_MASK)
         if room <= 0:

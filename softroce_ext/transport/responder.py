@@ -77,7 +77,10 @@ def receive_request(qp: QueuePair, packet: Packet, flags: int, now: float) -> No
     context = qp.context
     psn = packet.psn
     if flags & _RESUME:
-        migros.receive_resume(qp, packet, now)
+        if len(context.answers) > MAX_PENDING_ANSWERS:
+            qp.counters["dropped_busy"] += 1
+        else:
+            migros.receive_resume(qp, packet, now)
         return
     if psn != context.expected_psn:
         if (psn - context.expected_psn & PSN_MASK) < PSN_HALF:
@@ -86,9 +89,12 @@ def receive_request(qp: QueuePair, packet: Packet, flags: int, now: float) -> No
             _duplicate(qp, packet, flags)
         return
     if context.stopped:
-        migros.refuse_while_stopped(qp)
+        qp.counters["dropped_stopped"] += 1
+        if len(context.answers) <= MAX_PENDING_ANSWERS:
+            migros.refuse_while_stopped(qp)
         return
     if len(context.answers) > MAX_PENDING_ANSWERS:
+        qp.counters["dropped_busy"] += 1
         return
     try:
         if flags & _WRITE:
@@ -112,7 +118,7 @@ def receive_request(qp: QueuePair, packet: Packet, flags: int, now: float) -> No
 def _ahead(qp: QueuePair) -> None:
     """A gap: ask once for the expected PSN."""
     context = qp.context
-    if context.nak_sent or (context.stopped and not migros.speaks(qp)):
+    if context.nak_sent or (context.stopped and not migros.speaks(qp)) or len(context.answers) > MAX_PENDING_ANSWERS:
         qp.counters["dropped_ahead"] += 1
         return
     qp.counters["out_of_seq_request"] += 1

@@ -116,6 +116,7 @@ class UnreliableQueuePair(QueuePair, qp_type=QpType.UC):
                 return sent
             if record.packets == 0:
                 requester.local_operation(self, record, now)
+                budget -= 1  # it sends nothing, but a program may post them for ever
                 continue
             try:
                 sent += requester.send_data(self, record, sink, budget - sent)

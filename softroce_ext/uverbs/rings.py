@@ -154,7 +154,7 @@ class _WorkRing(Ring):
             sge = Sge._make(_SGE.unpack_from(self._map, at))
             return (sge,), sge.length
         sges = tuple(Sge._make(_SGE.unpack_from(self._map, at + SGE_BYTES * i)) for i in range(count))
-        return sges, sum(sge.length for sge in sges)
+        return sges, min(sum(sge.length for sge in sges), 0xFFFFFFFF)  # what a completion can say
 
 
 class SendRing(_WorkRing):
@@ -182,7 +182,10 @@ class SendRing(_WorkRing):
         fetched = self._fetched
         if self._index[_PRODUCER] & self.mask == fetched:
             return None
-        self._fetched = (fetched + 1) & self.mask
+        following = (fetched + 1) & self.mask
+        if following == self._retired:
+            return None  # more than the ring holds: only a producer index that lies comes here
+        self._fetched = following
         ring = self._map
         at = HEADER + (fetched << self.log2)
         wr_id, opcode, flags, imm, remote, second, swap, atomic_rkey = _SEND_HEAD.unpack_from(ring, at)
@@ -232,7 +235,10 @@ class ReceiveRing(_WorkRing):
         fetched = self._fetched
         if self._index[_PRODUCER] & self.mask == fetched:
             return None
-        self._fetched = (fetched + 1) & self.mask
+        following = (fetched + 1) & self.mask
+        if following == self._retired:
+            return None  # more than the ring holds: only a producer index that lies comes here
+        self._fetched = following
         at = HEADER + (fetched << self.log2)
         wr_id, _, count = _RECV_HEAD.unpack_from(self._map, at)
         if self._shared:
@@ -245,7 +251,7 @@ class ReceiveRing(_WorkRing):
 
     def move_to(self, other: ReceiveRing) -> None:
         """Copy the receives that are not fetched into an empty `other` with elements of the same size."""
-        count = self.posted()
+        count = min(self.posted(), other.capacity)
         for slot in range(count):
             source = HEADER + (((self._fetched + slot) & self.mask) << self.log2)
             target = HEADER + (slot << self.log2)
@@ -298,7 +304,7 @@ class CompletionRing(Ring):
     def move_to(self, other: CompletionRing) -> None:
         """Copy the completions that were not taken into an empty `other` (ibv_resize_cq)."""
         at = self._index[_CONSUMER] & self.mask
-        for slot in range(self.waiting()):
+        for slot in range(min(self.waiting(), other.capacity)):
             source = HEADER + (((at + slot) & self.mask) << 6)
             other._map[HEADER + (slot << 6) : HEADER + (slot + 1 << 6)] = self._map[source : source + 64]
             other._producer = slot + 1
