@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from traffic import MEMORY, Direction, Op
-from world import (
+
+from softroce_ext.simulation.world import (
     ALL_ACCESS,
     End,
     Host,
@@ -20,7 +21,6 @@ from world import (
     path_between,
     to_rts,
 )
-
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.qp import QueuePair

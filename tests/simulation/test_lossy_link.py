@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from traffic import MEMORY, Direction, Op
-from world import ByteSink, Host, Link, World, connect, end
 
+from softroce_ext.simulation.world import ByteSink, Host, Link, World, connect, end
 from softroce_ext.transport.verbs import WrOpcode
 
 KINDS = (

@@ -17,14 +17,14 @@ from scene import (
     one_sided,
 )
 from traffic import Direction, Op
-from world import (
+
+from softroce_ext.simulation.world import (
     BASE,
     ByteSink,
     Host,
     Link,
     ip,
 )
-
 from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus, WrOpcode
 from softroce_ext.wire.headers import BTH_AETH, MIGROS_CAPABLE
 

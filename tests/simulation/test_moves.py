@@ -22,12 +22,12 @@ from scene import (
     restore,
 )
 from traffic import Direction
-from world import (
+
+from softroce_ext.simulation.world import (
     BASE,
     End,
     Link,
 )
-
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from scene import Scene
-from world import BASE, Host, Link, World, connect, end
 
 from softroce_ext.packet_fields import code_name, describe
 from softroce_ext.qp_trace import QpTrace
+from softroce_ext.simulation.world import BASE, Host, Link, World, connect, end
 from softroce_ext.transport.engine import Engine
 from softroce_ext.transport.verbs import WrOpcode
 from softroce_ext.wire.opcodes import name_of

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from traffic import MEMORY, Direction, Op
-from world import BASE, ByteSink, End, Host, Link, World, connect, end
 
+from softroce_ext.simulation.world import BASE, ByteSink, End, Host, Link, World, connect, end
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Buffer

@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
-from world import ALL_ACCESS, BASE, ByteSink, End, Host, Region, Sge, World, connect, end
 
+from softroce_ext.simulation.world import ALL_ACCESS, BASE, ByteSink, End, Host, Region, Sge, World, connect, end
 from softroce_ext.transport.verbs import Access, QpEvent, QpState, WcFlag, WcStatus, WrOpcode
 
 SEND, WRITE, READ = WrOpcode.SEND, WrOpcode.RDMA_WRITE, WrOpcode.RDMA_READ

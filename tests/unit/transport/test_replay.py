@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import rxe_captures as captures
 from rxe_captures import SIDE_A, SIDE_B, Captured
-from world import BASE, ByteSink, End, Host, Link, Region, end, to_rts
 
+from softroce_ext.simulation.world import BASE, ByteSink, End, Host, Link, Region, end, to_rts
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.verbs import SendFlag, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op

@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from world import ALL_ACCESS, End, Host, World, connect, end, path_between, to_rts
 
+from softroce_ext.simulation.world import ALL_ACCESS, End, Host, World, connect, end, path_between, to_rts
 from softroce_ext.transport.qp import InvalidTransition
 from softroce_ext.transport.states import ATTRIBUTES, TRANSITIONS
 from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus, WrOpcode

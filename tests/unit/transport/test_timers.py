@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from world import BASE, Host, Link, World, connect, end
 
+from softroce_ext.simulation.world import BASE, Host, Link, World, connect, end
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.wire.headers import RNR_TIMER
 

@@ -9,8 +9,21 @@ from typing import Any
 import pytest
 import rxe_captures as captures
 from rxe_captures import Captured
-from world import ALL_ACCESS, BASE, ByteSink, Cq, End, Events, Host, Pd, Ram, Region, WorkQueue, path_between
 
+from softroce_ext.simulation.world import (
+    ALL_ACCESS,
+    BASE,
+    ByteSink,
+    Cq,
+    End,
+    Events,
+    Host,
+    Pd,
+    Ram,
+    Region,
+    WorkQueue,
+    path_between,
+)
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.interfaces import ProtectionError, SendWqe, Sge

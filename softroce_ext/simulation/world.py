@@ -1,7 +1,8 @@
 """A world for the sans-IO core: hosts with memory, keys and queues, a seeded bad network, and a clock that is a number.
 
-Nothing here sleeps or does input or output. A `Link` may lose, reorder, duplicate and corrupt frames from a seed; a
-`World` moves time from one event to the next, and raises `Stuck` when nothing will ever happen again.
+Nothing here sleeps or does input or output. A `Link` has a bandwidth, a delay and a queue, and may lose, reorder,
+duplicate and corrupt frames from a seed; a `World` moves time from one event to the next, and raises `Stuck` when
+nothing will ever happen again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import Engine, EngineConfig
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError, RecvWqe, SendWqe, Sge
 from softroce_ext.transport.qp import QueuePair
-from softroce_ext.transport.verbs import Access, SendFlag, WrOpcode
+from softroce_ext.transport.verbs import Access, QpType, SendFlag, WrOpcode
 from softroce_ext.wire.frame import MAX_FRAME, Buffer, Path, build, udp_source_port
 
 BASE = 0x10000
@@ -78,6 +79,13 @@ class Pd:
     def __init__(self, ram: Ram) -> None:
         self.ram = ram
         self.regions: dict[int, Region] = {}
+        self.paths: dict[int, Path] = {}
+        """Address handles, by number."""
+
+    def address(self, ah_number: int) -> Path:
+        if ah_number not in self.paths:
+            raise ProtectionError(f"no address handle {ah_number}")
+        return self.paths[ah_number]
 
     def _find(self, key: int, address: int, length: int, access: int) -> tuple[Ram, int]:
         region = self.regions.get(key)
@@ -187,6 +195,15 @@ def ip(number: int) -> bytes:
     return bytes((10, 0, 0, number))
 
 
+def ip6(number: int) -> bytes:
+    return b"\xfd" + bytes(14) + bytes((number,))
+
+
+def destination_of(frame: bytes) -> bytes:
+    """The destination address of a frame, 4 or 16 bytes."""
+    return frame[38:54] if frame[12:14] == b"\x86\xdd" else frame[30:34]
+
+
 @dataclass
 class End:
     """One queue pair with everything that its application would have."""
@@ -221,7 +238,7 @@ class End:
             more.pop("rkey", 1),
             more.pop("compare_add", 0),
             more.pop("swap", 0),
-            None,
+            more.pop("destination", None),
         )
         assert not more, f"unknown {more}"
         if wqe.inline is not None:
@@ -267,20 +284,24 @@ class Host:
             frames += sink.frames
 
 
-def end(host: Host, qpn: int, memory: int = 1 << 16, *, srq: bool = False, sq_sig_all: bool = False) -> End:
+def end(
+    host: Host, qpn: int, memory: int = 1 << 16, *, srq: bool = False, sq_sig_all: bool = False, kind: int = QpType.RC
+) -> End:
     """A new queue pair in RESET with its own memory (one region, key 1, all of it) and queues."""
     ram = Ram(memory)
     pd = Pd(ram)
     pd.regions[1] = Region(BASE, memory, ALL_ACCESS)
     sq, rq, scq, rcq, events = WorkQueue(), WorkQueue(), Cq(), Cq(), Events()
-    qp = QueuePair(QpContext(qpn, sq_sig_all, srq), sq, rq, scq, rcq, pd, None, events)
+    qp = QueuePair(QpContext(qpn, sq_sig_all, srq, int(kind)), sq, rq, scq, rcq, pd, None, events)
     host.engine.add_qp(qp)
     return End(qp, ram, pd, sq, rq, scq, rcq, events, host)
 
 
-def path_between(a: End, b: End) -> Path:
+def path_between(a: End, b: End, ipv6: bool = False) -> Path:
     qpns = a.context.qpn, b.context.qpn
-    return Path(mac(a.host.number), mac(b.host.number), ip(a.host.number), ip(b.host.number), udp_source_port(0, *qpns))
+    address = ip6 if ipv6 else ip
+    here, there = a.host.number, b.host.number
+    return Path(mac(here), mac(there), address(here), address(there), udp_source_port(0, *qpns))
 
 
 def to_rts(here: End, path: Path, remote_qpn: int, **attributes: Any) -> None:
@@ -294,8 +315,8 @@ def to_rts(here: End, path: Path, remote_qpn: int, **attributes: Any) -> None:
     modify({"qp_state": 1, "pkey_index": 0, "port_num": 1, "qp_access_flags": values["qp_access_flags"]})
     names = ("path", "path_mtu", "destination_qpn", "rq_psn", "max_dest_rd_atomic", "min_rnr_timer")
     modify({"qp_state": 2, **{name: values[name] for name in names}})
-    names = ("timeout", "retry_cnt", "rnr_retry", "sq_psn", "max_rd_atomic")
-    modify({"qp_state": 3, **{name: values[name] for name in names}})
+    last = ("timeout", "retry_cnt", "rnr_retry", "sq_psn", "max_rd_atomic")
+    modify({"qp_state": 3, **{name: values[name] for name in last}})
 
 
 def connect(a: End, b: End, psn_a: int = 0x123456, psn_b: int = 0xFFFFF0, **attributes: Any) -> None:
@@ -318,6 +339,16 @@ class Link:
     """Seconds between two frames on the wire: with some, frames arrive one by one instead of in batches."""
     drop: Callable[[bytes], bool] | None = None
     """Besides: frames to lose on purpose."""
+    bandwidth: float = 0.0
+    """Bit/s; 0: without limit."""
+    queue: int = 0
+    """Bytes that may wait for the wire; what comes then is lost. 0: without limit."""
+    jitter: float = 0.0
+    """Seconds; each frame's delay is longer by up to that (and frames may overtake each other)."""
+    log: list[tuple[float, str, bytes]] | None = None
+    """When it is a list: what became of each frame."""
+    faults: dict[str, int] = field(default_factory=dict)
+    """How many frames each fault befell."""
     random: random.Random = field(init=False)
     _free_at: float = 0.0
 
@@ -327,22 +358,39 @@ class Link:
     def carry(self, frame: bytes, now: float) -> list[tuple[float, bytes]]:
         """When, and as what, a frame arrives."""
         if self.drop and self.drop(frame):
-            return []
+            return self._fate(now, "dropped", frame)
         chance = self.random.random
         if chance() < self.loss:
-            return []
+            return self._fate(now, "lost", frame)
         copies = 2 if chance() < self.duplicate else 1
-        now = self._free_at = max(now, self._free_at) + self.spacing
+        wire = self.spacing + (8 * len(frame) / self.bandwidth if self.bandwidth else 0.0)
+        start = max(now, self._free_at)
+        if self.queue and (start - now) * self.bandwidth / 8 > self.queue:
+            return self._fate(now, "overflowed", frame)
+        sent, now = now, start + wire
+        self._free_at = now
         arrivals = []
-        for _ in range(copies):
-            delay = self.delay * (1 + (10 * chance() if chance() < self.reorder else 0))
+        for copy in range(copies):
+            late = chance() < self.reorder
+            delay = self.delay * (1 + (10 * chance() if late else 0))
+            if self.jitter:
+                delay += self.jitter * chance()
             carried = frame
-            if chance() < self.corrupt:
+            corrupt = chance() < self.corrupt
+            if corrupt:
                 spoiled = bytearray(frame)
                 spoiled[self.random.randrange(14, len(frame))] ^= 1 << self.random.randrange(8)
                 carried = bytes(spoiled)
+            self._fate(sent, "corrupted" if corrupt else "duplicated" if copy else "late" if late else "", frame)
             arrivals.append((now + delay, carried))
         return arrivals
+
+    def _fate(self, now: float, fate: str, frame: bytes) -> list[tuple[float, bytes]]:
+        if fate:
+            self.faults[fate] = self.faults.get(fate, 0) + 1
+        if self.log is not None:
+            self.log.append((now, fate, frame))
+        return []
 
 
 class World:
@@ -351,13 +399,19 @@ class World:
     def __init__(self, *hosts: Host, link: Link | None = None) -> None:
         self.hosts = list(hosts)
         self.link = link or Link()
-        self.location = {ip(host.number): host for host in hosts}
+        self.location = {address(host.number): host for host in hosts for address in (ip, ip6)}
         self.now = 1000.0
         self.trace: list[tuple[float, bytes]] = []
         """Every frame that was sent, when."""
         self._sequence = 0
         self._air: list[tuple[float, int, bytes]] = []
+        self._actions: list[tuple[float, int, Callable[[], None]]] = []
         self.after_step: Callable[[], None] | None = None
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        """Call `action` at the time `when`."""
+        self._sequence += 1
+        heapq.heappush(self._actions, (when, self._sequence, action))
 
     def send(self, frames: list[bytes]) -> None:
         for frame in frames:
@@ -372,12 +426,16 @@ class World:
         False when nothing will happen until then.
         """
         due: dict[int, list[bytes]] = {}
+        acted = False
+        while self._actions and self._actions[0][0] <= self.now:
+            heapq.heappop(self._actions)[2]()
+            acted = True
         while self._air and self._air[0][0] <= self.now:
             frame = heapq.heappop(self._air)[2]
-            host = self.location.get(frame[30:34])
+            host = self.location.get(destination_of(frame))
             if host is not None and host.alive:
                 due.setdefault(host.number, []).append(frame)
-        worked = bool(due)
+        worked = acted or bool(due)
         for host in self.hosts:
             if host.alive:
                 sent = host.turn(due.get(host.number, []), self.now)
@@ -387,7 +445,7 @@ class World:
             self.after_step()
         if worked:
             return True
-        times = [self._air[0][0]] if self._air else []
+        times = [heap[0][0] for heap in (self._air, self._actions) if heap]
         times += [when for host in self.hosts if host.alive and (when := host.engine.next_timer()) is not None]
         if not times or min(times) > until:
             return False
