@@ -10,9 +10,9 @@ import pytest
 from scene import Scene, migrate
 from test_reader import record
 from typer.testing import CliRunner
-from world import Link
 
 from softroce_ext.qp_trace import QpTrace
+from softroce_ext.simulation.world import Link
 from testbed.diagram import MAX_ARROWS, Layout, kind_of, label_of, layout
 from testbed.diagram_picture import draw
 from testbed.errors import BadInput

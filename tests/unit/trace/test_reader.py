@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from scene import Scene
-from world import Link
 
 from softroce_ext.qp_trace import QpTrace
+from softroce_ext.simulation.world import Link
 from testbed.errors import BadInput
 from testbed.trace import connection, flights, read
 
