@@ -202,6 +202,7 @@ def _unpause(qp: QueuePair) -> None:
     context = qp.context
     context.paused = False
     context.pause_deadline = None
+    context.rnr_deadline = None  # an RNR NAK that came meanwhile: its time has passed unseen
     context.retry_left = context.retry_cnt
     context.rnr_left = context.rnr_retry
     context.retry_started = False

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "simulation"))
 
 import rxe_captures
 from fuzz_common import Tally, Violation
-from world import ALL_ACCESS, BASE, ByteSink, Cq, Events, Pd, Ram, Region, WorkQueue
 
+from softroce_ext.simulation.world import ALL_ACCESS, BASE, ByteSink, Cq, Events, Pd, Ram, Region, WorkQueue
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import V4_MAPPED, Engine, EngineConfig
 from softroce_ext.transport.interfaces import Buffer, ProtectionError, RecvWqe, SendWqe, Sge

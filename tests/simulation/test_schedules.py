@@ -50,6 +50,13 @@ def test_thousands_of_queue_pairs(service: str) -> None:
     assert outcome.completions > 2000 and outcome.faults["lost"] > 10
 
 
+@pytest.mark.parametrize("seed", [101447, 127593, 130516, 145505, 152566, 155622, 156076])
+def test_an_rnr_nak_while_paused_does_not_silence_the_queue_pair(seed: int) -> None:
+    """Seeds that found it: RNR NAK after a stale NAK_STOPPED; its wait ended unseen and nothing was sent any more."""
+    _, reason, _ = attempt(seed, Plan())
+    assert reason == ""
+
+
 def test_bad_arguments_are_told() -> None:
     with pytest.raises(SystemExit) as refused:
         main(["--schedules", "0"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from world import BASE, End, Host, Link, World, connect, end
-
+from softroce_ext.simulation.world import BASE, End, Host, Link, World, connect, end
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.uverbs.hw_counters import rxe_view
