@@ -198,7 +198,7 @@ def short_name(line: dict[str, Any]) -> str:
     if line["opcode"] == "RC_ACKNOWLEDGE":
         return str(line["code"])
     name = str(line["opcode"])
-    for prefix in ("RC_", "UC_", "RDMA_"):
+    for prefix in ("RC_", "UC_", "UD_", "RDMA_"):
         name = name.removeprefix(prefix)
     return name.replace("_WITH_IMMEDIATE", "_IMM").replace("_WITH_INVALIDATE", "_INV")
 
@@ -222,8 +222,8 @@ def _elide(arrows: Sequence[Arrow]) -> list[Arrow]:
 
     for arrow in arrows:
         for column, others in list(runs.items()):
-            # An ACK answers what came between it and the one before: only ACKs with nothing between are one band.
-            if column != arrow.sender and others[-1].flight.line["opcode"] == "RC_ACKNOWLEDGE":
+            # Only the middle of a message goes on whatever the other end does: else who answers whom would be lost.
+            if column != arrow.sender and "MIDDLE" not in others[-1].flight.line["opcode"]:
                 end_run(column)
         run = runs.get(arrow.sender)
         if run and _alike(run[-1], arrow):

@@ -123,7 +123,8 @@ def flights(traces: Sequence[Trace], qpns: frozenset[int]) -> list[Flight]:
             candidates[-1].copies.append(line["t"])
         else:
             found.append(Flight(line, None, index, received_at=line["t"], counted=line.get("counted", [])))
-    return sorted(found, key=lambda flight: flight.at)
+    # Of one moment what was received comes before what was sent: that may be its answer.
+    return sorted(found, key=lambda flight: (flight.at, flight.sender is not None))
 
 
 def _merged(traces: Sequence[Trace], qpns: frozenset[int]) -> Iterator[tuple[int, Line]]:

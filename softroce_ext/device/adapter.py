@@ -99,6 +99,8 @@ class Adapter:
 
     def port_event(self, active: bool) -> None:
         """The link came up or went down: tell every program (IBA 11.6.3.2)."""
+        if not active:
+            self.engine.counters["link_downed"] += 1
         for context in self.contexts.values():
             if not context.held:
                 context.post_async(PORT, PORT_ACTIVE if active else PORT_ERR)

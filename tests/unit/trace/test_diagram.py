@@ -12,7 +12,8 @@ from test_reader import record
 from typer.testing import CliRunner
 
 from softroce_ext.qp_trace import QpTrace
-from softroce_ext.simulation.world import Link
+from softroce_ext.simulation.world import BASE, Host, Link, World, connect, end
+from softroce_ext.transport.verbs import WrOpcode
 from testbed.diagram import MAX_ARROWS, Layout, kind_of, label_of, layout
 from testbed.diagram_picture import draw
 from testbed.errors import BadInput
@@ -78,6 +79,21 @@ def test_runs_of_middles_are_bands(lossy: list[Trace]) -> None:
     assert bands
     for band in bands:
         assert band.label.startswith(f"… {band.count} × ") and len(band.rows) == 4
+
+
+def test_who_answers_whom_stays_visible(tmp_path: Path) -> None:
+    """Messages of one packet that are answered one by one are no band."""
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there)
+    world = World(here.host, there.host)
+    trace = QpTrace(here.host.engine, str(tmp_path / "h1.jsonl"), clock=lambda: world.now)
+    for number in range(8):
+        here.post(WrOpcode.RDMA_WRITE, number, BASE, 8)
+        world.run(lambda count=number + 1: len(here.scq.entries) == count)  # type: ignore[misc]
+    trace.close()
+    found = layout([read(tmp_path / "h1.jsonl")])
+    check(found)
+    assert [arrow.kind for arrow in found.arrows] == ["request", "response"] * 8
 
 
 def test_without_a_window_the_first_trouble_is_in_it(lossy: list[Trace]) -> None:
