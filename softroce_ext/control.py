@@ -86,13 +86,17 @@ class ControlServer:
         handle: Callable[[dict[str, Any], Respond], None],
         watch: Callable[[int, Callable[[int], None]], None],
         unwatch: Callable[[int], None],
+        wait_for: Callable[[Callable[[float], bool]], None],
     ) -> None:
-        """handle: gets each request and answers through `Respond`; watch: call back when a descriptor is readable."""
+        """handle: gets each request and answers through `Respond`; watch: call back when a descriptor is readable;
+        wait_for: call a function every few milliseconds until it returns True."""
         self.path = path
         self._handle = handle
         self._watch = watch
         self._unwatch = unwatch
+        self._wait_for = wait_for
         self._connections: dict[int, tuple[socket.socket, bytearray]] = {}
+        self._unsent: dict[socket.socket, bytearray] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         before = os.umask(0o177)
         try:
@@ -128,12 +132,12 @@ class ControlServer:
 
     def _line(self, connection: socket.socket, line: bytes) -> None:
         def respond(answer: dict[str, Any]) -> None:
-            data = json.dumps(answer).encode() + b"\n"
-            # An answer is small; a reader that lets the socket fill up loses its connection.
-            try:
-                connection.sendall(data)
-            except OSError:
-                self._drop(connection.fileno())
+            # A long answer (thousands of queue pairs) goes out as its reader takes it; the NIC does not wait.
+            waiting = self._unsent.setdefault(connection, bytearray())
+            idle = not waiting
+            waiting += json.dumps(answer).encode() + b"\n"
+            if idle and not self._flush(connection):
+                self._wait_for(lambda _: self._flush(connection))
 
         try:
             request = json.loads(line)
@@ -147,10 +151,26 @@ class ControlServer:
             return
         self._handle(request, respond)
 
+    def _flush(self, connection: socket.socket) -> bool:
+        """Send what the socket takes; whether nothing is left to send."""
+        waiting = self._unsent.get(connection)
+        if waiting is None:
+            return True  # dropped meanwhile
+        try:
+            while waiting:
+                del waiting[: connection.send(waiting)]
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._drop(connection.fileno())
+        self._unsent.pop(connection, None)
+        return True
+
     def _drop(self, fd: int) -> None:
         found = self._connections.pop(fd, None)
         if found is not None:
             self._unwatch(fd)
+            self._unsent.pop(found[0], None)
             found[0].close()
 
     def close(self) -> None:

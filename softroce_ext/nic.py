@@ -118,7 +118,9 @@ class Nic:
         if config.follow:
             self._follow()
         self.management = Management(self)
-        self.control = ControlServer(run / "control.sock", self.management.handle, self.watch, self.unwatch)
+        self.control = ControlServer(
+            run / "control.sock", self.management.handle, self.watch, self.unwatch, self.wait_for
+        )
         self._trace_file: Any = None
         if config.trace:
             self.trace_to(config.trace)

@@ -65,6 +65,8 @@ class Adapter:
         self.keys: Keys = {}
         self.queue_pairs: dict[int, QueuePair] = {}
         self.ah_numbers: set[int] = set()
+        self._sending: set[int] = set()
+        """QPNs of the queue pairs in RTS or beyond."""
         self.gid_listeners: list[Callable[[int, bytes | None], None]] = []
         self._qpns = Range(number_base, FIRST_QPN)
         self._keys = Range(number_base)
@@ -233,12 +235,19 @@ class Adapter:
         self.engine.add_qp(qp.transport)
         self.queue_pairs[qp.qpn] = qp
         qp.users(+1)
+        self._count_sender(qp)
+
+    def _count_sender(self, qp: QueuePair, there: bool = True) -> None:
+        """Note whether a queue pair may send; what may be on the way is shared by those that may."""
+        if there and qp.transport.context.state >= QpState.RTS:
+            self._sending.add(qp.qpn)
+        else:
+            self._sending.discard(qp.qpn)
         self._share_window()
 
     def _share_window(self) -> None:
         """What all queue pairs together may have on the way must fit into the buffers of a software switch."""
-        sending = sum(qp.transport.context.state >= QpState.RTS for qp in self.queue_pairs.values())
-        share = max(MIN_WINDOW, PACKETS_ON_THE_WAY // max(sending, 1))
+        share = max(MIN_WINDOW, PACKETS_ON_THE_WAY // max(len(self._sending), 1))
         self.engine.window = min(self.engine.config.window, share)
 
     def modify_queue_pair(self, qp: QueuePair, attributes: dict[str, Any]) -> None:
@@ -248,7 +257,7 @@ class Adapter:
         except ValueError as error:  # InvalidTransition is one
             raise VerbsError(errno.EINVAL, str(error)) from None
         state = qp.transport.context.state
-        self._share_window()
+        self._count_sender(qp)
         if attributes.get("qp_state") == QpState.RESET:
             qp.reset_rings()
         # rxe refuses a post before RTS at the call; in ERR it takes it and flushes.
@@ -262,7 +271,7 @@ class Adapter:
             raise VerbsError(errno.EBUSY, "the queue pair is in a multicast group")
         self.engine.remove_qp(qp.qpn)
         del self.queue_pairs[qp.qpn]
-        self._share_window()
+        self._count_sender(qp, there=False)
         qp.users(-1)
         qp.context.channel.may_post(qp.handle, False)
         qp.free_rings()
@@ -301,6 +310,7 @@ class Adapter:
             self.groups.leave_all(qp)
             self.engine.remove_qp(qp.qpn)
             self.queue_pairs.pop(qp.qpn, None)
+            self._sending.discard(qp.qpn)
             qp.free_rings()
         for item in context.objects.values():
             if item.__class__ in (MemoryRegion, MemoryWindow):

@@ -168,6 +168,8 @@ class FileChannel:
         os.ftruncate(self._fd, FILE_BYTES)
         os.posix_fallocate(self._fd, 0, CONTROL_BYTES)
         self.control = mmap.mmap(self._fd, CONTROL_BYTES)
+        self._file = mmap.mmap(self._fd, FILE_BYTES)
+        self._area = memoryview(self._file)
         self._words = memoryview(self.control).cast("I")
         self._words[AT_LAYOUT // 4] = LAYOUT_VERSION
         os.mkfifo(self.directory / "doorbell", 0o600)
@@ -201,20 +203,20 @@ class FileChannel:
         offset = self._take(rings.ring_bytes(slots, element))
         # rxe's provider trusts what CREATE_QP returned: everything from the header to the slot's end may be used.
         room = min(element - rings.SEND_WQE, limits.MAX_INLINE_DATA)
-        return rings.SendRing(self._fd, offset, slots, element, self._release, max_sge, room)
+        return rings.SendRing(self._area, offset, slots, element, self._release, max_sge, room)
 
     def receive_ring(self, max_wr: int, max_sge: int, shared: bool) -> rings.ReceiveRing:
         """A receive queue (or an SRQ's) with room for `max_wr` receives."""
         element = rings.element_bytes(rings.RECV_WQE + rings.SGE_BYTES * max_sge)
         slots = rings.power_of_two(max_wr + 1)
         offset = self._take(rings.ring_bytes(slots, element))
-        return rings.ReceiveRing(self._fd, offset, slots, element, self._release, max_sge, shared)
+        return rings.ReceiveRing(self._area, offset, slots, element, self._release, max_sge, shared)
 
     def completion_ring(self, max_cqe: int) -> rings.CompletionRing:
         """A completion queue with room for `max_cqe` completions."""
         slots = rings.power_of_two(max_cqe + 1)
         offset = self._take(rings.ring_bytes(slots, rings.MIN_ELEMENT))
-        return rings.CompletionRing(self._fd, offset, slots, self._release)
+        return rings.CompletionRing(self._area, offset, slots, self._release)
 
     def _reserve(self, image: RingImage) -> None:
         try:
@@ -226,7 +228,7 @@ class FileChannel:
         """Map and fill a dumped send queue where it lay."""
         self._reserve(image)
         ring = rings.SendRing(
-            self._fd, image.offset, image.mask + 1, image.element, self._release, max_sge, max_inline, fresh=False
+            self._area, image.offset, image.mask + 1, image.element, self._release, max_sge, max_inline, fresh=False
         )
         ring.load(image)
         return ring
@@ -235,7 +237,7 @@ class FileChannel:
         """Map and fill a dumped receive queue where it lay."""
         self._reserve(image)
         ring = rings.ReceiveRing(
-            self._fd, image.offset, image.mask + 1, image.element, self._release, max_sge, shared, fresh=False
+            self._area, image.offset, image.mask + 1, image.element, self._release, max_sge, shared, fresh=False
         )
         ring.load(image)
         return ring
@@ -243,7 +245,7 @@ class FileChannel:
     def restore_completion_ring(self, image: RingImage) -> rings.CompletionRing:
         """Map and fill a dumped completion queue where it lay."""
         self._reserve(image)
-        ring = rings.CompletionRing(self._fd, image.offset, image.mask + 1, self._release, fresh=False)
+        ring = rings.CompletionRing(self._area, image.offset, image.mask + 1, self._release, fresh=False)
         ring.load(image)
         return ring
 
@@ -351,5 +353,8 @@ class FileChannel:
         os.close(self.doorbell)
         self._words.release()
         self.control.close()
+        self._area.release()
+        with contextlib.suppress(BufferError):  # a ring is still referred to: it goes with the last reference
+            self._file.close()
         os.close(self._fd)
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -65,21 +65,28 @@ def element_bytes(bytes_needed: int) -> int:
 
 
 class Ring:
-    """A ring at `offset` of the context's queue file `fd`. One slot is always empty, so `capacity` is slots − 1."""
+    """A ring at `offset` of the context's mapped queue file. One slot is always empty, so `capacity` is slots − 1."""
 
     __slots__ = ("_free", "_index", "_map", "capacity", "element", "log2", "mask", "offset", "size")
 
     def __init__(
-        self, fd: int, offset: int, slots: int, element: int, free: Callable[[int, int], None], fresh: bool = True
+        self,
+        area: memoryview,
+        offset: int,
+        slots: int,
+        element: int,
+        free: Callable[[int, int], None],
+        fresh: bool = True,
     ) -> None:
+        """area: the whole file, mapped once (a mapping and a descriptor for each ring would soon be too many)."""
         self.offset = offset
         self.element = element
         self.log2 = element.bit_length() - 1
         self.mask = self.capacity = slots - 1
         self.size = ring_bytes(slots, element)
         self._free = free
-        self._map = mmap.mmap(fd, self.size, offset=offset)
-        self._index = memoryview(self._map).cast("I")
+        self._map = area[offset : offset + self.size]
+        self._index = self._map.cast("I")
         if fresh:
             self._index[_LOG2] = self.log2
             self._index[_MASK] = self.mask
@@ -89,9 +96,9 @@ class Ring:
         self._index[_PRODUCER] = self._index[_CONSUMER] = 0
 
     def free(self) -> None:
-        """Unmap and give the range of the file back. Not to be used afterwards."""
+        """Give the range of the file back. Not to be used afterwards."""
         self._index.release()
-        self._map.close()
+        self._map.release()
         self._free(self.offset, self.size)
 
     def _image(self, producer: int, consumer: int, fetched: int) -> RingImage:
@@ -111,7 +118,7 @@ class _WorkRing(Ring):
 
     def __init__(
         self,
-        fd: int,
+        area: memoryview,
         offset: int,
         slots: int,
         element: int,
@@ -119,7 +126,7 @@ class _WorkRing(Ring):
         max_sge: int,
         fresh: bool = True,
     ) -> None:
-        super().__init__(fd, offset, slots, element, free, fresh)
+        super().__init__(area, offset, slots, element, free, fresh)
         self.max_sge = max_sge
         self._fetched = self._retired = 0
 
@@ -164,7 +171,7 @@ class SendRing(_WorkRing):
 
     def __init__(
         self,
-        fd: int,
+        area: memoryview,
         offset: int,
         slots: int,
         element: int,
@@ -173,7 +180,7 @@ class SendRing(_WorkRing):
         max_inline: int,
         fresh: bool = True,
     ) -> None:
-        super().__init__(fd, offset, slots, element, free, max_sge, fresh)
+        super().__init__(area, offset, slots, element, free, max_sge, fresh)
         self.max_inline = max_inline
         self.datagrams = False
 
@@ -218,7 +225,7 @@ class ReceiveRing(_WorkRing):
 
     def __init__(
         self,
-        fd: int,
+        area: memoryview,
         offset: int,
         slots: int,
         element: int,
@@ -227,7 +234,7 @@ class ReceiveRing(_WorkRing):
         shared: bool = False,
         fresh: bool = True,
     ) -> None:
-        super().__init__(fd, offset, slots, element, free, max_sge, fresh)
+        super().__init__(area, offset, slots, element, free, max_sge, fresh)
         self._shared = shared
 
     def fetch(self) -> RecvWqe | None:
@@ -264,8 +271,10 @@ class CompletionRing(Ring):
 
     __slots__ = ("_producer",)
 
-    def __init__(self, fd: int, offset: int, slots: int, free: Callable[[int, int], None], fresh: bool = True) -> None:
-        super().__init__(fd, offset, slots, MIN_ELEMENT, free, fresh)
+    def __init__(
+        self, area: memoryview, offset: int, slots: int, free: Callable[[int, int], None], fresh: bool = True
+    ) -> None:
+        super().__init__(area, offset, slots, MIN_ELEMENT, free, fresh)
         self._producer = 0
 
     def push(
