@@ -107,7 +107,7 @@ class Loop:
 
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
-        self.server = ControlServer(path, handle, self._watch, self._unwatch)
+        self.server = ControlServer(path, handle, self._watch, self._unwatch, lambda _: None)
         self._ends = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
