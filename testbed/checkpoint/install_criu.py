@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,8 +106,11 @@ def _run(command: list[str], what: str) -> str:
     return answer.stdout
 
 
-def _fetch(work: Path, archive: Archive, suite: str) -> list[Path]:
-    """Download criu and everything it needs from one suite; the packages' paths."""
+def fetch(work: Path, archive: Archive, suite: str, wanted: Sequence[str] = ("criu",)) -> list[Path]:
+    """Download packages and everything they need from one suite into `work`; the packages' paths.
+
+    Raises EnvironmentProblem. (`wanted` is for tests that run other programs of a newer suite.)
+    """
     for folder in ("lists/partial", "cache/archives/partial", "empty"):
         (work / folder).mkdir(parents=True)
     (work / "sources.list").write_text(f"deb {archive.options}{archive.uri} {suite} main\n")
@@ -129,7 +133,7 @@ def _fetch(work: Path, archive: Archive, suite: str) -> list[Path]:
     }
     apt = ["apt-get", "-q", "-y", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
     _run([*apt, "update"], f"reading the package list of Debian {suite} from {archive.uri}")
-    _run([*apt, "--download-only", "install", "criu"], f"fetching criu from Debian {suite}")
+    _run([*apt, "--download-only", "install", *wanted], f"fetching {' '.join(wanted)} from Debian {suite}")
     packages = sorted((work / "cache/archives").glob("*.deb"))
     if not packages:
         raise EnvironmentProblem(f"apt fetched no package from Debian {suite} at {archive.uri}")
@@ -152,7 +156,7 @@ def install(prefix: Path = criu_binary.PREFIX) -> criu_binary.Criu:
                 work = Path(folder)
                 unpacked = work / "root"
                 try:
-                    for package in _fetch(work / "apt", archive, suite):
+                    for package in fetch(work / "apt", archive, suite):
                         _run(["dpkg-deb", "-x", str(package), str(unpacked)], f"unpacking {package.name}")
                     command = criu_binary.prefix_command(unpacked)
                     if command is None:
