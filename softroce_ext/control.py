@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 _MAX_LINE: Final = 1 << 22
+_MAX_UNSENT: Final = 1 << 26
+"""Bytes of answers that may wait for a reader before the next one costs it the connection."""
 
 
 class ControlError(Exception):
@@ -135,13 +137,16 @@ class ControlServer:
             # A long answer (thousands of queue pairs) goes out as its reader takes it; the NIC does not wait.
             waiting = self._unsent.setdefault(connection, bytearray())
             idle = not waiting
+            if len(waiting) > _MAX_UNSENT:
+                self._drop(connection.fileno())  # it asks and never reads
+                return
             waiting += json.dumps(answer).encode() + b"\n"
             if idle and not self._flush(connection):
                 self._wait_for(lambda _: self._flush(connection))
 
         try:
             request = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             respond({"ok": False, "error": f"not a JSON line: {error}", "hint": 'send {"command": "status"}'})
             return
         if not isinstance(request, dict) or not isinstance(request.get("command"), str):

@@ -68,6 +68,8 @@ class Management:
             respond({"ok": False, "error": f"{name}: {error}", "hint": error.hint})
         except (StateError, ImageError, ValueError, OSError) as error:
             respond({"ok": False, "error": f"{name}: {error}", "hint": ""})
+        except (TypeError, OverflowError, RecursionError) as error:  # a list where a name belongs, a number too large
+            respond({"ok": False, "error": f"{name}: an argument is of the wrong kind: {error}", "hint": ""})
         else:
             if answer is not None:
                 respond({"ok": True, **answer})

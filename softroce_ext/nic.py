@@ -132,7 +132,7 @@ class Nic:
         """Every count of engine, port and impairment, by name."""
         port = self.port
         counters = dict(self.engine.counters)
-        for name in ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "tx_busy", "tx_errors"):
+        for name in ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "tx_busy", "tx_errors", "loopback_lost"):
             counters[name] = getattr(port, name)
         if port.impairment is not None:
             for name in ("lost", "duplicated", "reordered", "corrupted"):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Buffer = bytes | bytearray | memoryview
 
 BATCH: Final = 64
+LOOPBACK_LIMIT: Final = 8192
+"""Frames to this NIC's own addresses that may wait inside."""
 SLOT: Final = 9216
 """Bytes of a slot: the longest frame of a 9000-byte MTU and some room."""
 ROCE_PORT: Final = 4791
@@ -131,6 +133,7 @@ class Port:
         """IP addresses of this NIC, and of the multicast groups with members here; frames to them go round inside."""
         self._groups: set[bytes] = set()
         self.loopback: deque[bytes] = deque()
+        self.loopback_lost = 0
         self.room = BATCH
         self.capture: Capture | None = None
         self.impairment: Impairment | None = None
@@ -231,7 +234,10 @@ class Port:
         view = self._out_views[slot]
         length = build(path, ip_id, headers, payload, pad, view)
         if path.destination_ip in self.own:
-            self.loopback.append(bytes(view[:length]))
+            if len(self.loopback) < LOOPBACK_LIMIT:
+                self.loopback.append(bytes(view[:length]))
+            else:
+                self.loopback_lost += 1  # only datagrams without end come here: connections have a window
             if path.destination_ip not in self._groups:
                 return
         self._out_lengths[2 * slot + 1] = length

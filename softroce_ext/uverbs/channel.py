@@ -17,6 +17,7 @@ import errno
 import mmap
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,8 @@ _MAILBOX = struct.Struct("<IiII112s")
 MAILBOX_DATA: Final = 3904
 _SEQUENCE = struct.Struct("<I")
 _PIPE_BYTES: Final = 65536
+_PIPE_READS: Final = 16
+"""Reads that empty a FIFO which nobody fills meanwhile: a program without privileges can have a pipe of 1 MiB."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PUNCH_HOLE_KEEP_SIZE: Final = 3
@@ -61,7 +64,17 @@ class Fifo:
         self.lost = 0
         self._path = directory / name
         os.mkfifo(self._path, 0o600)
-        self.fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            # The directory is the program's: what lies there now need not be what was made.
+            self.fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            status = os.fstat(self.fd)
+            if not stat.S_ISFIFO(status.st_mode) or status.st_uid != os.geteuid():
+                os.close(self.fd)
+                raise OSError(errno.EPERM, f"{name} was replaced")
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            raise
 
     def post(self, record: bytes) -> bool:
         """Append one record; False (and counted in `lost`) when the FIFO is full."""
@@ -81,18 +94,18 @@ class Fifo:
         kept = bytearray()
         taken = 0
         size = self.record_bytes
-        try:
-            while data := os.read(self.fd, _PIPE_BYTES):
-                for at in range(0, len(data), size):
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(_PIPE_READS):  # the program may write there too, for ever
+                data = os.read(self.fd, _PIPE_BYTES)
+                for at in range(0, len(data) - size + 1, size):
                     record = data[at : at + size]
                     if matches(record):
                         taken += 1
                     else:
                         kept += record
-        except BlockingIOError:
-            pass
         if kept:
-            os.write(self.fd, kept)
+            with contextlib.suppress(BlockingIOError):
+                os.write(self.fd, kept)
         return taken
 
     def identity(self) -> tuple[int, int]:
@@ -156,14 +169,20 @@ class FileChannel:
         self._fifos: dict[str, Fifo] = {}
         self._next_comp = 0
         self._highest_handle = 0
+        self._folder = self._fd = self.doorbell = -1
+        self._reply: Fifo | None = None
         self.directory.mkdir(mode=0o700)
         try:
             self._create()
         except BaseException:
+            self._close_descriptors()
             shutil.rmtree(self.directory, ignore_errors=True)
             raise
 
     def _create(self) -> None:
+        self._folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # By descriptor: the program may move its directory away and leave a link to another in its place.
+        self._inside = Path(f"/proc/self/fd/{self._folder}")
         self._fd = os.open(self.directory / "queues", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, FILE_BYTES)
         os.posix_fallocate(self._fd, 0, CONTROL_BYTES)
@@ -174,10 +193,11 @@ class FileChannel:
         self._words[AT_LAYOUT // 4] = LAYOUT_VERSION
         os.mkfifo(self.directory / "doorbell", 0o600)
         self.doorbell = os.open(self.directory / "doorbell", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._reply = Fifo(self.directory, "reply", _SEQUENCE.size)
+        self._reply = Fifo(self._inside, "reply", _SEQUENCE.size)
         if self._owner != (os.geteuid(), os.getegid()):
-            for path in (self.directory, *self.directory.iterdir()):
-                os.chown(path, *self._owner)
+            # The directory last: from then on the program can put anything there.
+            for descriptor in (self._fd, self.doorbell, self._reply.fd, self._folder):
+                os.fchown(descriptor, *self._owner)
 
     # -- rings ---------------------------------------------------------------------------------------------------
 
@@ -193,7 +213,8 @@ class FileChannel:
 
     def _release(self, offset: int, size: int) -> None:
         if _libc.fallocate(self._fd, _PUNCH_HOLE_KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(size)):
-            os.pwrite(self._fd, bytes(size), offset)
+            with contextlib.suppress(OSError):
+                os.pwrite(self._fd, bytes(size), offset)
         self._space.give_back(offset, size)
 
     def send_ring(self, max_wr: int, max_sge: int, max_inline: int) -> rings.SendRing:
@@ -312,6 +333,7 @@ class FileChannel:
         if data:
             start = AT_MAILBOX + _MAILBOX.size
             self.control[start : start + len(data)] = data
+        assert self._reply is not None
         self._reply.post(_SEQUENCE.pack(sequence))
 
     def dump_mailbox(self) -> bytes:
@@ -329,8 +351,8 @@ class FileChannel:
             self._next_comp += 1
             if candidate not in self._fifos:
                 name = candidate
-        fifo = Fifo(self.directory, name, record_bytes)
-        os.chown(self.directory / name, *self._owner)
+        fifo = Fifo(self._inside, name, record_bytes)
+        os.fchown(fifo.fd, *self._owner)
         self._fifos[name] = fifo
         return fifo
 
@@ -349,12 +371,19 @@ class FileChannel:
         for fifo in list(self._fifos.values()):
             fifo.close()
         self._fifos.clear()
-        self._reply.close()
-        os.close(self.doorbell)
         self._words.release()
         self.control.close()
         self._area.release()
         with contextlib.suppress(BufferError):  # a ring is still referred to: it goes with the last reference
             self._file.close()
-        os.close(self._fd)
+        self._close_descriptors()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _close_descriptors(self) -> None:
+        if self._reply is not None:
+            self._reply.close()
+            self._reply = None
+        for descriptor in (self.doorbell, self._fd, self._folder):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.doorbell = self._fd = self._folder = -1

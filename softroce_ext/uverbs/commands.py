@@ -165,6 +165,8 @@ def destroy_ah(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 # -- completion channels and queues --------------------------------------------------------------------------------
 
+MAX_CHANNELS = 4096
+"""Completion channels of one context: each costs the NIC a descriptor."""
 _SWEEP_ABOVE = 16
 """Idle completion channels that a context may have before those that the program closed are looked for."""
 
@@ -173,6 +175,8 @@ _SWEEP_ABOVE = 16
 def create_comp_channel(adapter: Adapter, context: Context, body: Body) -> Answer:
     if len(context.comp_channels) >= _SWEEP_ABOVE:
         _sweep_channels(context)
+    if len(context.comp_channels) >= MAX_CHANNELS:
+        raise VerbsError(errno.EMFILE, f"{MAX_CHANNELS} completion channels in one context")
     fifo = context.channel.event_fifo(COMP_EVENT.size)
     context.comp_channels[fifo.identity()] = CompletionChannel(fifo, fifo.identity())
     return Answer(abi.U32.pack(0), install=fifo.name)
@@ -278,7 +282,7 @@ def destroy_cq(adapter: Adapter, context: Context, body: Body) -> Answer:
     cq.unshare()
     context.remove(cq.handle)
     cq.ring.free()
-    return Answer(abi.U32X2.pack(reported, async_reported))
+    return Answer(abi.U32X2.pack(max(reported, 0), max(async_reported, 0)))  # it may forge unread events
 
 
 # -- shared receive queues -----------------------------------------------------------------------------------------
@@ -360,4 +364,4 @@ def destroy_srq(adapter: Adapter, context: Context, body: Body) -> Answer:
     srq.pd.users -= 1
     context.remove(srq.handle)
     srq.ring.free()
-    return Answer(abi.U32.pack(reported))
+    return Answer(abi.U32.pack(max(reported, 0)))

@@ -37,6 +37,8 @@ _KIND_OPEN, _KIND_COMMAND = 1, 2
 _CREDENTIALS = struct.Struct("<iII")
 _OPEN_NAME = re.compile(rb"open-[0-9a-f-]{1,40}")
 _MAX_DATAGRAM: Final = 65536
+MAX_CONTEXTS: Final = 256
+"""Opens of the device that one process may have at a time: each costs the NIC descriptors."""
 _NEIGHBOUR_TIMEOUT: Final = 3.0
 """Seconds that ibv_modify_qp waits for the partner's MAC, as the kernel's ib_resolve_eth_dmac about does."""
 
@@ -107,36 +109,52 @@ class CommandServer:
 
     def _datagram(self, message: bytes, pid: int, uid: int, gid: int) -> None:
         if len(message) < _REQUEST.size:
+            self._count("datagram_length")
             return
         magic, version, kind, sequence, _, name = _REQUEST.unpack_from(message)
-        if magic != MAGIC or version != LAYOUT_VERSION:
+        if magic != MAGIC or version != LAYOUT_VERSION or kind not in (_KIND_OPEN, _KIND_COMMAND):
+            self._count("datagram_kind")
             return
         name = name.rstrip(b"\0")
         if kind == _KIND_OPEN:
             self._open(name, pid, uid, gid)
-        elif kind == _KIND_COMMAND:
-            context = self._adapter.contexts.get(name.decode("ascii", "replace"))
+            return
+        context = self._adapter.contexts.get(name.decode("ascii", "replace"))
+        if context is None or context.pid != pid:
             # A wrong pid: a forked child, or somebody who guesses. There is nobody to answer to.
-            if context is not None and context.pid == pid:
-                self._command(context, sequence, message[_REQUEST.size :])
+            self._count("datagram_context")
+        elif any(item.context is context for item in self._waiting):
+            self._count("datagram_busy")  # the mailbox holds one answer: a program sends one command at a time
+        else:
+            self._command(context, sequence, message[_REQUEST.size :])
+
+    def _count(self, reason: str) -> None:
+        self._adapter.engine.counters["refused_" + reason] += 1
 
     # -- opening ------------------------------------------------------------------------------------------------
 
     def _open(self, name: bytes, pid: int, uid: int, gid: int) -> None:
         if not _OPEN_NAME.fullmatch(name):
+            self._count("open")
             return
         try:
             answer = os.open(
                 self._run / "ctx" / name.decode(), os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
             )
         except OSError:
+            self._count("open")
             return
         try:
-            if not stat.S_ISFIFO(os.fstat(answer).st_mode):
+            status = os.fstat(answer)
+            if not stat.S_ISFIFO(status.st_mode) or status.st_uid not in (uid, os.geteuid()):
+                self._count("open")  # the directory is everybody's; this FIFO is not the sender's
                 return
             try:
+                if sum(context.pid == pid for context in self._adapter.contexts.values()) >= MAX_CONTEXTS:
+                    raise VerbsError(errno.EMFILE, f"process {pid} has {MAX_CONTEXTS} contexts")
                 context = self._new_context(pid, uid, gid)
             except (OSError, VerbsError) as error:
+                self._count("open")
                 number = error.number if isinstance(error, VerbsError) else error.errno or errno.EIO
                 os.write(answer, _OPENED.pack(number, 0, 0, LAYOUT_VERSION, b""))
                 return
@@ -156,7 +174,11 @@ class CommandServer:
         channel = FileChannel(self._run, identifier, (uid, gid))
         context = Context(identifier, pid, inner, channel, ProcessMemory(pid))
         self._adapter.contexts[identifier] = context
-        self._opened(context)
+        try:
+            self._opened(context)
+        except OSError:
+            self._adapter.forget(context)
+            raise
         return context
 
     # -- commands -----------------------------------------------------------------------------------------------
@@ -190,9 +212,13 @@ class CommandServer:
                 self.trace(f"{context.id} {_name(operation)}: {fault}")
         except (struct.error, IndexError):
             error = errno.EINVAL  # a command shorter than its structure
+        except OSError as fault:  # no descriptor or no memory left, or the program has put something in the way
+            error = fault.errno or errno.EIO
         except Exception:  # a fault of ours must not end every other program's connections
             error = errno.EIO
             traceback.print_exc()
+        if error:
+            self._count("command_" + errno.errorcode.get(error, str(error)))
         context.channel.answer(sequence, error, data, install)
         if self.trace:
             took = (time.monotonic() - started) * 1e6
@@ -212,10 +238,9 @@ class CommandServer:
             if now >= item.deadline:
                 item.context.channel.answer(item.sequence, errno.ETIMEDOUT)
                 continue
-            deadline = item.deadline
             self._command(item.context, item.sequence, item.message)
-            if self._waiting and self._waiting[-1].sequence == item.sequence:
-                self._waiting[-1].deadline = deadline
+            if self._waiting and self._waiting[-1].context is item.context:
+                self._waiting[-1].deadline = item.deadline
 
     def fail_waiting(self, context: Context) -> None:
         """Answer what waits in `context` now (a checkpoint must not find a command under way)."""

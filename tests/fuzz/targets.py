@@ -6,7 +6,9 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+import fuzz_commands
 import fuzz_frames
+import fuzz_rings
 from fuzz_common import Tally
 
 
@@ -19,4 +21,6 @@ class Target(NamedTuple):
 
 TARGETS: dict[str, Target] = {
     "frames": Target(fuzz_frames.one_round, 1200),
+    "commands": Target(fuzz_commands.one_round, 2500),
+    "rings": Target(fuzz_rings.one_round, 1500),
 }
