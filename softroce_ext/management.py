@@ -182,6 +182,8 @@ class Management:
         pids = set(_argument(arguments, "pids", list))
         nic = self._nic
         contexts = [context for context in nic.adapter.contexts.values() if context.pid in pids]
+        for file in nic.cm_files.of(pids):
+            raise StateError(f"process {file.pid} uses rdma_cm, and connections of rdma_cm cannot be moved yet")
         if any(context.held for context in contexts):
             raise StateError("a context of these processes is held already")
         for context in contexts:

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import ipaddress
 import os
+import secrets
 import select
 import shutil
 import sys
@@ -22,6 +23,8 @@ from typing import Any, Final
 
 from softroce_ext.addresses import AddressWatch
 from softroce_ext.capture import Capture
+from softroce_ext.cm.manager import CommunicationManager
+from softroce_ext.cm.server import CmFiles, Sources
 from softroce_ext.control import ControlServer
 from softroce_ext.device.adapter import Adapter
 from softroce_ext.device.addressing import address_of
@@ -111,6 +114,9 @@ class Nic:
         self._readable = self._readable6 = False
         self._waits: list[Callable[[float], bool]] = []
         self.commands = CommandServer(run, self.adapter, self.watch_context, self._ring_before)
+        sources = Sources(self.port.index, self.adapter.addresses)
+        self.cm = CommunicationManager(self.adapter, self.engine.gsi, secrets.randbelow, sources)
+        self.cm_files = self.commands.cm = CmFiles(run, self.cm, self.watch, self.unwatch, time.monotonic)
         self.watch(self.commands.fileno(), lambda _: self._serve())
         self.watch(self.port.fileno(), self._frames_wait)
         self.watch(self.port.fileno6(), self._frames_wait6)
@@ -161,10 +167,12 @@ class Nic:
         if self._trace_file is not None:
             self._trace_file.close()
             self._trace_file = None
-        self.commands.trace = None
+        self.commands.trace = self.cm_files.trace = None
         if path:
             self._trace_file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed above
-            self.commands.trace = lambda line: print(f"{time.monotonic():.6f} {line}", file=self._trace_file)
+            file = self._trace_file
+            self.commands.trace = lambda line: print(f"{time.monotonic():.6f} {line}", file=file)
+            self.cm_files.trace = self.commands.trace
 
     def trace_qps(self, path: str | None, qpns: list[int] | None = None, limit: int = DEFAULT_LIMIT) -> int:
         """Trace queue pairs (None: all of them, those to come too) to `path`; None ends the trace.
@@ -425,6 +433,8 @@ class Nic:
         if self.commands.waiting and now >= self._next_retry:
             self._next_retry = now + NEIGHBOUR_POLL
             self.commands.retry(now)
+        if now >= self.cm.due:
+            self.cm.on_timer(now)
         if self._waits:
             self._waits = [poll for poll in self._waits if not poll(now)]
 
@@ -432,7 +442,7 @@ class Nic:
         if self.engine.has_work() or self.port.loopback:
             # Only a full socket can be the reason that work is left over.
             return 0.0005 if self.port.unsent else 0.0
-        timeout = MAX_SLEEP
+        timeout = min(MAX_SLEEP, self.cm.due - now)
         timer = self.engine.next_timer()
         if timer is not None:
             timeout = min(timeout, timer - now)
@@ -448,6 +458,7 @@ class Nic:
 
     def close(self) -> None:
         """Free every context, close the port and remove what `Nic` created in the run directory."""
+        self.cm_files.close_all()
         for context in list(self.adapter.contexts.values()):
             self.unwatch_context(context)
             self.adapter.forget(context)

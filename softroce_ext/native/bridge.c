@@ -55,6 +55,9 @@
 #define EXTENDED 0x80000000u
 #define POST_SEND 28u
 #define REQ_NOTIFY_CQ 23u
+/* rdma_cm's (rdma_ucm_cmd_hdr): the response pointer is the first word of a command's body, but of CREATE_ID's the second. */
+#define CM_CREATE_ID 0u
+#define CM_GET_EVENT 12u
 
 /* The control area at the start of `queues`; softroce_ext/uverbs/channel.py has the same numbers. */
 #define CONTROL_BYTES 200704u
@@ -81,7 +84,7 @@ struct mailbox {
 };
 
 #define MAGIC 0x4252474du /* "MGRB" */
-enum { KIND_OPEN = 1, KIND_COMMAND = 2 };
+enum { KIND_OPEN = 1, KIND_COMMAND = 2, KIND_OPEN_CM = 3 };
 
 struct request { /* ahead of every datagram; `name` is the answer's FIFO (OPEN) or the context's id (COMMAND) */
 	uint32_t magic;
@@ -101,6 +104,7 @@ struct channel {
 	pthread_mutex_t lock;
 	int references; /* descriptors of the program that mean this channel; under table_lock */
 	pid_t owner;
+	bool cm; /* an open of rdma_cm: the program's descriptor is the FIFO `events` */
 	int socket, doorbell, reply;
 	uint32_t sequence;
 	atomic_bool broken; /* the NIC is gone */
@@ -246,7 +250,7 @@ static ssize_t send_request(struct channel *c, const struct request *head, const
 static int ask_open(struct channel *c, struct opened *answer)
 {
 	static atomic_uint counter;
-	struct request head = {.magic = MAGIC, .version = LAYOUT_VERSION, .kind = KIND_OPEN};
+	struct request head = {.magic = MAGIC, .version = LAYOUT_VERSION, .kind = c->cm ? KIND_OPEN_CM : KIND_OPEN};
 	char path[192];
 	struct timespec now;
 	struct pollfd wait = {.fd = -1, .events = POLLIN};
@@ -293,12 +297,12 @@ static void release_channel(struct channel *c)
 	free_channels = c;
 }
 
-static int open_device(int flags)
+static int open_device(int flags, bool cm)
 {
 	struct opened answer = {0};
 	struct channel *c;
 	void *map;
-	int fd = -1, error;
+	int fd = -1, area = -1, error;
 
 	pthread_mutex_lock(&table_lock);
 	c = free_channels;
@@ -311,6 +315,7 @@ static int open_device(int flags)
 		errno = ENOMEM;
 		return -1;
 	}
+	c->cm = cm;
 	c->doorbell = c->reply = -1;
 	c->server.sun_family = AF_UNIX;
 	snprintf(c->server.sun_path, sizeof c->server.sun_path, "%s/uverbs.sock", run_directory());
@@ -330,20 +335,25 @@ static int open_device(int flags)
 		/* Read and write: a doorbell after the NIC's death must not raise SIGPIPE. */
 		c->doorbell = hide(open_in(c, "doorbell", O_RDWR | O_NONBLOCK));
 		c->reply = hide(open_in(c, "reply", O_RDONLY | O_NONBLOCK));
-		fd = open_in(c, "queues", O_RDWR);
-		if (c->doorbell < 0 || c->reply < 0 || fd < 0 || fd >= MAX_FD)
+		area = open_in(c, "queues", O_RDWR);
+		fd = cm ? open_in(c, "events", O_RDONLY | O_NONBLOCK) : area;
+		if (c->doorbell < 0 || c->reply < 0 || area < 0 || fd < 0 || fd >= MAX_FD)
 			error = fd >= MAX_FD ? EMFILE : errno;
 	}
 	if (!error) {
 		syscall(SYS_fcntl, c->reply, F_SETFL, syscall(SYS_fcntl, c->reply, F_GETFL) & ~O_NONBLOCK);
 		if (!(flags & O_CLOEXEC))
 			syscall(SYS_fcntl, fd, F_SETFD, 0);
-		map = mmap(NULL, CONTROL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		if (cm && !(flags & O_NONBLOCK))
+			syscall(SYS_fcntl, fd, F_SETFL, syscall(SYS_fcntl, fd, F_GETFL) & ~O_NONBLOCK);
+		map = mmap(NULL, CONTROL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, area, 0);
 		if (map == MAP_FAILED)
 			error = errno;
 		else
 			c->control = map;
 	}
+	if (area != fd)
+		retry_close(area);
 	if (error) {
 		retry_close(fd);
 		release_channel(c);
@@ -381,6 +391,27 @@ static bool response_of(const uint8_t *buffer, size_t length, uint8_t **where, s
 			return false;
 		memcpy(&pointer, buffer + 8, 8);
 		*room = 4u * (size_t)out_words;
+	}
+	*where = (uint8_t *)(uintptr_t)pointer;
+	return true;
+}
+
+/* The same of a command of rdma_cm. */
+static bool cm_response_of(const uint8_t *buffer, size_t length, uint8_t **where, size_t *room)
+{
+	uint32_t command;
+	uint16_t out;
+	uint64_t pointer = 0;
+	size_t at;
+
+	memcpy(&command, buffer, 4);
+	memcpy(&out, buffer + 6, 2);
+	at = command == CM_CREATE_ID ? 16 : 8;
+	*room = out;
+	if (out) {
+		if (length < at + 8)
+			return false;
+		memcpy(&pointer, buffer + at, 8);
 	}
 	*where = (uint8_t *)(uintptr_t)pointer;
 	return true;
@@ -441,7 +472,7 @@ static ssize_t command(struct channel *c, const void *buffer, size_t length)
 	sigset_t all, before;
 	int cancel, error;
 
-	if (!response_of(buffer, length, &where, &room)) {
+	if (!(c->cm ? cm_response_of : response_of)(buffer, length, &where, &room)) {
 		errno = EINVAL;
 		return -1;
 	}
@@ -498,6 +529,34 @@ static bool arm(struct channel *c, uint32_t handle, bool solicited_only)
 	return true;
 }
 
+/* A command of rdma_cm. The NIC never waits; GET_EVENT of a program that wants to wait does so at its own descriptor. */
+static ssize_t cm_command(struct channel *c, int fd, const void *buffer, size_t length)
+{
+	struct pollfd wait = {.fd = fd, .events = POLLIN};
+	char id[sizeof c->id];
+	uint32_t operation;
+	ssize_t result;
+
+	memcpy(&operation, buffer, 4);
+	memcpy(id, c->id, sizeof id);
+	for (;;) {
+		result = command(c, buffer, length);
+		if (result >= 0 || operation != CM_GET_EVENT)
+			return result;
+		/* Another thread has closed the descriptor meanwhile: in the kernel this call would go on waiting. */
+		if (errno == EIO && !atomic_load(&c->broken) && (kind(fd) != DEVICE || channel_of[fd] != c || memcmp(id, c->id, sizeof id)))
+			return pause();
+		if (errno != EAGAIN)
+			return result;
+		if (syscall(SYS_fcntl, fd, F_GETFL) & O_NONBLOCK) {
+			errno = EAGAIN;
+			return -1;
+		}
+		if (poll(&wait, 1, -1) < 0)
+			return -1;
+	}
+}
+
 EXPORT ssize_t write(int fd, const void *buffer, size_t length)
 {
 	const uint32_t *words = buffer;
@@ -516,6 +575,8 @@ EXPORT ssize_t write(int fd, const void *buffer, size_t length)
 		errno = EINVAL;
 		return -1;
 	}
+	if (c->cm)
+		return cm_command(c, fd, buffer, length);
 	/* header 8, response pointer 8, QP handle 4, number of work requests 4 */
 	if (words[0] == POST_SEND && length >= 24 && words[5] == 0) {
 		error = ring(c, words[4]);
@@ -697,6 +758,7 @@ static const char *redirect(const char *path, char *buffer)
 	return length < PATH_MAX ? buffer : path;
 }
 
+static bool is_cm(const char *path) { return path && !strcmp(path, DEVICE_PREFIX "rdma_cm"); }
 static bool is_device(const char *path) { return path && !strcmp(path, DEVICE_PREFIX "uverbs0"); }
 
 static int do_open(int directory, const char *path, int flags, mode_t mode)
@@ -704,8 +766,8 @@ static int do_open(int directory, const char *path, int flags, mode_t mode)
 	char buffer[PATH_MAX];
 
 	READY();
-	if (is_device(path) && !(flags & O_PATH))
-		return open_device(flags);
+	if ((is_device(path) || is_cm(path)) && !(flags & O_PATH))
+		return open_device(flags, is_cm(path));
 	return real_openat(directory, redirect(path, buffer), flags, mode);
 }
 

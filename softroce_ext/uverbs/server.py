@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from softroce_ext.device.adapter import Adapter
 from softroce_ext.device.context import Context
@@ -33,7 +33,7 @@ _REQUEST = struct.Struct("<IHHII48s")
 """magic, version, kind, sequence, reserved, name: ahead of every datagram."""
 _OPENED = struct.Struct("<iIII48s")
 """error, major, minor, layout version, context id: the answer to OPEN."""
-_KIND_OPEN, _KIND_COMMAND = 1, 2
+_KIND_OPEN, _KIND_COMMAND, _KIND_OPEN_CM = 1, 2, 3
 _CREDENTIALS = struct.Struct("<iII")
 _OPEN_NAME = re.compile(rb"open-[0-9a-f-]{1,40}")
 _MAX_DATAGRAM: Final = 65536
@@ -80,6 +80,8 @@ class CommandServer:
         self._counter = 0
         self.trace: Callable[[str], None] | None = None
         """Takes one line for each command."""
+        self.cm: Any = None
+        """The opens of rdma_cm (`cm.server.CmFiles`), which come by the same socket."""
         self.path = run_directory / "uverbs.sock"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -112,15 +114,19 @@ class CommandServer:
             self._count("datagram_length")
             return
         magic, version, kind, sequence, _, name = _REQUEST.unpack_from(message)
-        if magic != MAGIC or version != LAYOUT_VERSION or kind not in (_KIND_OPEN, _KIND_COMMAND):
+        if magic != MAGIC or version != LAYOUT_VERSION or not _KIND_OPEN <= kind <= _KIND_OPEN_CM:
             self._count("datagram_kind")
             return
         name = name.rstrip(b"\0")
-        if kind == _KIND_OPEN:
-            self._open(name, pid, uid, gid)
+        if kind in (_KIND_OPEN, _KIND_OPEN_CM):
+            self._open(name, pid, uid, gid, self._new_context if kind == _KIND_OPEN else self._new_cm_file)
             return
-        context = self._adapter.contexts.get(name.decode("ascii", "replace"))
-        if context is None or context.pid != pid:
+        identifier = name.decode("ascii", "replace")
+        context = self._adapter.contexts.get(identifier)
+        file = self.cm.files.get(identifier) if context is None and self.cm is not None else None
+        if file is not None and file.pid == pid:
+            self.cm.command(file, sequence, message[_REQUEST.size :])
+        elif context is None or context.pid != pid:
             # A wrong pid: a forked child, or somebody who guesses. There is nobody to answer to.
             self._count("datagram_context")
         elif any(item.context is context for item in self._waiting):
@@ -133,7 +139,7 @@ class CommandServer:
 
     # -- opening ------------------------------------------------------------------------------------------------
 
-    def _open(self, name: bytes, pid: int, uid: int, gid: int) -> None:
+    def _open(self, name: bytes, pid: int, uid: int, gid: int, make: Callable[[int, int, int], Any]) -> None:
         if not _OPEN_NAME.fullmatch(name):
             self._count("open")
             return
@@ -150,9 +156,7 @@ class CommandServer:
                 self._count("open")  # the directory is everybody's; this FIFO is not the sender's
                 return
             try:
-                if sum(context.pid == pid for context in self._adapter.contexts.values()) >= MAX_CONTEXTS:
-                    raise VerbsError(errno.EMFILE, f"process {pid} has {MAX_CONTEXTS} contexts")
-                context = self._new_context(pid, uid, gid)
+                context = make(pid, uid, gid)
             except (OSError, VerbsError) as error:
                 self._count("open")
                 number = error.number if isinstance(error, VerbsError) else error.errno or errno.EIO
@@ -164,13 +168,25 @@ class CommandServer:
         finally:
             os.close(answer)
 
-    def _new_context(self, pid: int, uid: int, gid: int) -> Context:
-        inner = inner_pid_of(pid)
+    def _identifier(self) -> str:
         while True:
             identifier = f"{self._adapter.number_base}-{self._counter}"
             self._counter += 1
             if identifier not in self._adapter.contexts and not (self._run / "ctx" / identifier).exists():
-                break
+                return identifier
+
+    def _new_cm_file(self, pid: int, uid: int, gid: int) -> Any:
+        if self.cm is None:
+            raise VerbsError(errno.ENXIO, "no rdma_cm here")
+        if len(self.cm.of({pid})) >= MAX_CONTEXTS:
+            raise VerbsError(errno.EMFILE, f"process {pid} has opened rdma_cm {MAX_CONTEXTS} times")
+        return self.cm.open(self._identifier(), pid, uid, gid)
+
+    def _new_context(self, pid: int, uid: int, gid: int) -> Context:
+        if sum(context.pid == pid for context in self._adapter.contexts.values()) >= MAX_CONTEXTS:
+            raise VerbsError(errno.EMFILE, f"process {pid} has {MAX_CONTEXTS} contexts")
+        inner = inner_pid_of(pid)
+        identifier = self._identifier()
         channel = FileChannel(self._run, identifier, (uid, gid))
         context = Context(identifier, pid, inner, channel, ProcessMemory(pid))
         self._adapter.contexts[identifier] = context

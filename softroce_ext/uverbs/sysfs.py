@@ -16,6 +16,9 @@ from softroce_ext.uverbs import abi
 
 DEVICE_NUMBER: Final = (231, 192)
 """Major and minor of uverbs0, as the kernel numbers it."""
+CM_ABI_VERSION: Final = 4
+CM_MINOR: Final = 191
+"""Minor number of rdma_cm in our picture (the kernel takes any that is free)."""
 DEVICE_NAME: Final = "rxe0"
 """The rxe provider is chosen by a name that begins with rxe."""
 
@@ -43,7 +46,10 @@ class SysfsPicture:
         verbs = self._class / "infiniband_verbs"
         device = self._class / "infiniband" / DEVICE_NAME
         mtu = limits.active_mtu(self._adapter.interface_mtu)
+        rdma_cm = self._class / "misc" / "rdma_cm"
         texts = {
+            rdma_cm / "abi_version": str(CM_ABI_VERSION),
+            rdma_cm / "dev": f"{DEVICE_NUMBER[0]}:{CM_MINOR}",
             verbs / "abi_version": str(abi.ABI_VERSION),
             verbs / "uverbs0" / "ibdev": DEVICE_NAME,
             verbs / "uverbs0" / "dev": f"{DEVICE_NUMBER[0]}:{DEVICE_NUMBER[1]}",
@@ -76,6 +82,7 @@ class SysfsPicture:
             self.set_gid(index, gids[index] if index < len(gids) else None)
         self._dev.mkdir(parents=True, exist_ok=True)
         (self._dev / "uverbs0").touch()
+        (self._dev / "rdma_cm").touch()
 
     def set_gid(self, index: int, gid: bytes | None) -> None:
         """Write one row of the GID table, in place."""

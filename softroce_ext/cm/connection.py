@@ -1,0 +1,314 @@
+"""One connection's (or one service resolution's) states, as IBA volume 1, 12.9 and 12.11 have them; sans-IO.
+
+Time is handed in; messages to send pile up in `outbox`, what the owner should know in `events`; `deadline` is when
+`on_timer` wants to be called. `RECEIVED` is the state table: what a message does in a state; a message with no entry is
+a duplicate, or late, and is dropped.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, Final, NamedTuple
+
+from softroce_ext.cm.messages import Kind, Message, Reason
+
+RESPONSE_TIMEOUT: Final = 4.096
+"""Seconds that an answer may take: code 20."""
+PATH_TIMEOUT: Final = 2.048
+"""Seconds for there and back: twice a packet's life time of code 18, as Linux 6.1 has it on RoCE."""
+RETRIES: Final = 15
+TIMEWAIT: Final = 2.147
+"""Seconds before a connection is forgotten: the ACK timeout of code 19."""
+
+
+class State(Enum):
+    """Communication states (figures 134 to 137)."""
+
+    IDLE = "idle"
+    REQ_SENT = "req sent"
+    REQ_RCVD = "req received"
+    REP_SENT = "rep sent"
+    REP_RCVD = "rep received"
+    ESTABLISHED = "established"
+    DREQ_SENT = "dreq sent"
+    TIMEWAIT = "timewait"
+    SIDR_SENT = "sidr req sent"
+    SIDR_RCVD = "sidr req received"
+    CLOSED = "closed"
+
+
+class Happened(Enum):
+    """What the owner is told."""
+
+    RESPONSE = "response"
+    ESTABLISHED = "established"
+    REJECTED = "rejected"
+    UNREACHABLE = "unreachable"
+    DISCONNECTED = "disconnected"
+    TIMEWAIT_EXIT = "timewait exit"
+
+
+class Event(NamedTuple):
+    """`reason`: a reject reason or a SIDR status; `message`: what came, if anything did; `late`: nobody answered."""
+
+    what: Happened
+    message: Message | None = None
+    reason: int = 0
+    late: bool = False
+
+
+RECEIVED: Final[dict[State, dict[Kind, str]]] = {
+    State.REQ_SENT: {Kind.REP: "_rep", Kind.REJ: "_rejected", Kind.MRA: "_wait_longer"},
+    State.REQ_RCVD: {Kind.REJ: "_rejected"},
+    State.REP_SENT: {
+        Kind.REQ: "_say_again",
+        Kind.RTU: "_rtu",
+        Kind.REJ: "_rejected",
+        Kind.MRA: "_wait_longer",
+        Kind.DREQ: "_dreq",  # the RTU was lost
+    },
+    State.REP_RCVD: {Kind.REJ: "_rejected", Kind.DREQ: "_dreq"},
+    State.ESTABLISHED: {Kind.REP: "_say_again", Kind.REJ: "_rejected", Kind.DREQ: "_dreq"},
+    State.DREQ_SENT: {Kind.DREP: "_drep", Kind.DREQ: "_dreq", Kind.REJ: "_drep"},
+    State.TIMEWAIT: {Kind.DREQ: "_dreq_again"},
+    State.SIDR_SENT: {Kind.SIDR_REP: "_sidr_rep"},
+}
+
+ON_TIMEOUT: Final[dict[State, Happened]] = {
+    State.REQ_SENT: Happened.UNREACHABLE,
+    State.REP_SENT: Happened.UNREACHABLE,
+    State.SIDR_SENT: Happened.UNREACHABLE,
+    State.DREQ_SENT: Happened.DISCONNECTED,
+    State.TIMEWAIT: Happened.TIMEWAIT_EXIT,
+}
+"""What is told when nobody answered the last repeat (or when the wait is over)."""
+
+DESTROYED: Final[dict[State, Reason]] = {
+    State.REQ_SENT: Reason.TIMEOUT,
+    State.REQ_RCVD: Reason.CONSUMER_DEFINED,
+    State.REP_SENT: Reason.CONSUMER_DEFINED,
+    State.REP_RCVD: Reason.CONSUMER_DEFINED,
+}
+"""With which reason an owner that goes away rejects."""
+
+
+class Connection:
+    """One end of a connection. `owner` is the business of who made it."""
+
+    def __init__(self, local_id: int, transaction_id: int) -> None:
+        self.local_id = local_id
+        self.remote_id = 0
+        self.transaction_id = transaction_id
+        self.state = State.IDLE
+        self.request: Message | None = None
+        """The REQ (or SIDR_REQ), ours or the peer's."""
+        self.remote_qpn = 0
+        self.remote_psn = 0
+        """Where the peer wants our first packet's PSN."""
+        self.outbox: list[Message] = []
+        self.events: list[Event] = []
+        self.deadline: float | None = None
+        self.owner: Any = None
+        self._last: Message | None = None
+        self._left = 0
+        self._interval = RESPONSE_TIMEOUT + PATH_TIMEOUT
+
+    # -- sending ---------------------------------------------------------------------------------------------------
+
+    def _say(self, kind: Kind, private: bytes, fields: dict[str, int]) -> Message:
+        message = Message(kind, self.transaction_id, fields, private)
+        self._last = message
+        self.outbox.append(message)
+        return message
+
+    def _ids(self) -> dict[str, int]:
+        return {"local_comm_id": self.local_id, "remote_comm_id": self.remote_id}
+
+    def _repeat(self, now: float) -> None:
+        self._left = RETRIES
+        self.deadline = now + self._interval
+
+    # -- what the owner does ---------------------------------------------------------------------------------------
+
+    def connect(self, fields: dict[str, int], private: bytes, now: float) -> None:
+        """Send a REQ with these fields."""
+        self._expect(State.IDLE)
+        self.request = self._say(Kind.REQ, private, {"local_comm_id": self.local_id, **fields})
+        self.state = State.REQ_SENT
+        self._repeat(now)
+
+    def resolve(self, fields: dict[str, int], private: bytes, now: float) -> None:
+        """Send a SIDR_REQ with these fields."""
+        self._expect(State.IDLE)
+        self._interval = RESPONSE_TIMEOUT
+        self.request = self._say(Kind.SIDR_REQ, private, {"request_id": self.local_id, **fields})
+        self.state = State.SIDR_SENT
+        self._repeat(now)
+
+    def requested(self, message: Message) -> None:
+        """Begin as the passive end of a REQ or SIDR_REQ."""
+        self._expect(State.IDLE)
+        self.request = message
+        self.transaction_id = message.transaction_id
+        if message.kind is Kind.REQ:
+            self._interval = RESPONSE_TIMEOUT
+            self.remote_id, self.remote_qpn = message["local_comm_id"], message["local_qpn"]
+            self.remote_psn = message["starting_psn"]
+            self.state = State.REQ_RCVD
+        else:
+            self.remote_id = message["request_id"]
+            self.state = State.SIDR_RCVD
+
+    def reply(self, fields: dict[str, int], private: bytes, now: float) -> None:
+        """Accept a REQ with a REP."""
+        self._expect(State.REQ_RCVD)
+        self._say(Kind.REP, private, self._ids() | fields)
+        self.state = State.REP_SENT
+        self._repeat(now)
+
+    def ready(self) -> None:
+        """Answer a REP with an RTU."""
+        self._expect(State.REP_RCVD)
+        self._say(Kind.RTU, b"", self._ids())
+        self.state = State.ESTABLISHED
+
+    def resolved(self, status: int, qpn: int, qkey: int, private: bytes) -> None:
+        """Answer a SIDR_REQ."""
+        self._expect(State.SIDR_RCVD)
+        assert self.request is not None
+        fields = {"request_id": self.remote_id, "status": status, "qpn": qpn, "qkey": qkey}
+        self._say(Kind.SIDR_REP, private, fields | {"service_id": self.request["service_id"]})
+        self._close()
+
+    def established(self) -> None:
+        """A packet came on the queue pair before the RTU did (rdma_notify)."""
+        if self.state is State.REP_SENT:
+            self._rtu(None, 0.0)
+
+    def reject(self, reason: int, private: bytes = b"", info: int = 0) -> None:
+        """Reject what came last; raises ValueError where there is nothing to reject."""
+        self._expect(State.REQ_SENT, State.REQ_RCVD, State.REP_SENT, State.REP_RCVD)
+        which = {State.REQ_RCVD: 0, State.REP_RCVD: 1}.get(self.state, 2)
+        fields = {"message_rejected": which, "info_length": info, "reason": reason}
+        self._say(Kind.REJ, private, self._ids() | fields)
+        self._close()
+
+    def disconnect(self, now: float) -> None:
+        """Send a DREQ. Once it is under way (or over) this does nothing, as from both ends at once."""
+        if self.state in (State.DREQ_SENT, State.TIMEWAIT, State.CLOSED):
+            return
+        self._expect(State.ESTABLISHED, State.REP_SENT)
+        self.transaction_id = self._own_transaction()
+        self._say(Kind.DREQ, b"", self._ids() | {"remote_qpn": self.remote_qpn})
+        self.state = State.DREQ_SENT
+        self._repeat(now)
+
+    def _own_transaction(self) -> int:
+        return self.transaction_id >> 32 << 32 | int.from_bytes(self.local_id.to_bytes(4, "big"), "little")
+
+    def destroy(self, now: float) -> None:
+        """The owner goes away: reject or disconnect, whatever the state asks for; the rest happens without events."""
+        if self.state in DESTROYED:
+            self.reject(DESTROYED[self.state])
+        elif self.state is State.ESTABLISHED:
+            self.disconnect(now)
+        elif self.state is State.SIDR_RCVD:
+            self.resolved(3, 0, 0, b"")  # rejected by the service provider
+        elif self.state in (State.IDLE, State.SIDR_SENT):
+            self._close()
+
+    def _expect(self, *states: State) -> None:
+        if self.state not in states:
+            raise ValueError(f"not in state {self.state.value}")
+
+    # -- what comes --------------------------------------------------------------------------------------------------
+
+    def receive(self, message: Message, now: float) -> bool:
+        """Take a message of the peer; whether it meant anything in this state."""
+        handler = RECEIVED.get(self.state, {}).get(message.kind)
+        if handler is None:
+            return False
+        getattr(self, handler)(message, now)
+        return True
+
+    def on_timer(self, now: float) -> None:
+        """Repeat the last message, give up, or forget."""
+        if self.deadline is None or now < self.deadline:
+            return
+        if self.state is not State.TIMEWAIT and self._left > 0 and self._last is not None:
+            self._left -= 1
+            self.deadline = now + self._interval
+            self.outbox.append(self._last)
+            return
+        what = ON_TIMEOUT.get(self.state)
+        if what is None:
+            self.deadline = None
+            return
+        if self.state is State.DREQ_SENT:
+            self._timewait(now)
+        elif self.state is State.REP_SENT:
+            self.reject(Reason.TIMEOUT)
+        else:
+            self._close()
+        self.events.append(Event(what, late=what is not Happened.TIMEWAIT_EXIT))
+
+    def _close(self) -> None:
+        self.state = State.CLOSED
+        self.deadline = None
+
+    def _timewait(self, now: float) -> None:
+        self.state = State.TIMEWAIT
+        self.deadline = now + TIMEWAIT
+
+    def _rep(self, message: Message, now: float) -> None:
+        self.remote_id, self.remote_qpn = message["local_comm_id"], message["local_qpn"]
+        self.remote_psn = message["starting_psn"]
+        self.state = State.REP_RCVD
+        self.deadline = None
+        self.events.append(Event(Happened.RESPONSE, message))
+
+    def _rtu(self, message: Message | None, now: float) -> None:
+        self.state = State.ESTABLISHED
+        self.deadline = None
+        self._last = None
+        self.events.append(Event(Happened.ESTABLISHED, message))
+
+    def _rejected(self, message: Message, now: float) -> None:
+        was = self.state
+        reason = message["reason"]
+        if was is State.ESTABLISHED:
+            # Only a peer that has lost the connection, or whose program gave up before the RTU's repeat arrived.
+            self._timewait(now)
+            self.events.append(Event(Happened.DISCONNECTED, None))
+            return
+        self._close()
+        self.events.append(Event(Happened.REJECTED, message, reason))
+
+    def _wait_longer(self, message: Message, now: float) -> None:
+        self.deadline = now + self._interval + 4.096e-6 * (1 << message["service_timeout"])
+
+    def _say_again(self, message: Message, now: float) -> None:
+        if self._last is not None and (self.state is not State.ESTABLISHED or self._last.kind is Kind.RTU):
+            self.outbox.append(self._last)
+
+    def _dreq(self, message: Message, now: float) -> None:
+        self.transaction_id = message.transaction_id
+        self._say(Kind.DREP, b"", self._ids())
+        self._timewait(now)
+        self.events.append(Event(Happened.DISCONNECTED, message))
+
+    def _dreq_again(self, message: Message, now: float) -> None:
+        self.transaction_id = message.transaction_id
+        self._say(Kind.DREP, b"", self._ids())
+
+    def _drep(self, message: Message, now: float) -> None:
+        self._timewait(now)
+        self.events.append(Event(Happened.DISCONNECTED, message if message.kind is Kind.DREP else None))
+
+    def _sidr_rep(self, message: Message, now: float) -> None:
+        self._close()
+        if message["status"] == 0:
+            self.remote_qpn = message["qpn"]
+            self.events.append(Event(Happened.ESTABLISHED, message))
+        else:
+            self.events.append(Event(Happened.UNREACHABLE, message, message["status"]))

@@ -1,0 +1,249 @@
+"""What a program sees: rdma_cm_id with its addresses and state, the events that wait for it, and port numbers."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Final, NamedTuple
+
+from softroce_ext.cm.connection import Connection
+from softroce_ext.device.errors import VerbsError
+
+PS_IPOIB, PS_TCP, PS_UDP = 0x0002, 0x0106, 0x0111
+QPT_RC, QPT_UC, QPT_UD = 2, 3, 4
+MAX_BACKLOG: Final = 1024
+MAX_IDS: Final = 65536
+EPHEMERAL: Final = (32768, 60999)
+
+SOCKADDR_BYTES: Final = 28
+"""struct sockaddr_in6, which the *_IP commands use for both families."""
+_IN = struct.Struct("<H2s4s")
+_IN6 = struct.Struct("<H2s4x16sI")
+
+
+class EventType(Enum):
+    """enum rdma_cm_event_type."""
+
+    ADDR_RESOLVED = 0
+    ADDR_ERROR = 1
+    ROUTE_RESOLVED = 2
+    ROUTE_ERROR = 3
+    CONNECT_REQUEST = 4
+    CONNECT_RESPONSE = 5
+    CONNECT_ERROR = 6
+    UNREACHABLE = 7
+    REJECTED = 8
+    ESTABLISHED = 9
+    DISCONNECTED = 10
+    DEVICE_REMOVAL = 11
+    MULTICAST_JOIN = 12
+    MULTICAST_ERROR = 13
+    ADDR_CHANGE = 14
+    TIMEWAIT_EXIT = 15
+
+
+class Endpoint(NamedTuple):
+    """An IP address (4 or 16 bytes) and a port; `scope` is IPv6's interface index."""
+
+    ip: bytes
+    port: int = 0
+    scope: int = 0
+
+    @property
+    def wildcard(self) -> bool:
+        """Whether it is the address "any"."""
+        return not any(self.ip)
+
+    def pack(self) -> bytes:
+        """struct sockaddr_in or sockaddr_in6, filled up to 28 bytes."""
+        port = self.port.to_bytes(2, "big")
+        if len(self.ip) == 4:
+            return _IN.pack(socket.AF_INET, port, self.ip).ljust(SOCKADDR_BYTES, b"\0")
+        return _IN6.pack(socket.AF_INET6, port, self.ip, self.scope)
+
+    @classmethod
+    def unpack(cls, data: bytes | memoryview) -> Endpoint | None:
+        """None for the family 0. Raises VerbsError(EAFNOSUPPORT) for any other than IPv4 and IPv6."""
+        family = int.from_bytes(data[:2], "little")
+        if family == 0:
+            return None
+        if family == socket.AF_INET:
+            _, port, ip = _IN.unpack_from(data)
+            return cls(ip, int.from_bytes(port, "big"))
+        if family == socket.AF_INET6:
+            _, port, ip, scope = _IN6.unpack_from(data)
+            return cls(ip, int.from_bytes(port, "big"), scope)
+        raise VerbsError(errno.EAFNOSUPPORT, f"address family {family}")
+
+
+class IdState(Enum):
+    """enum rdma_cm_state, as far as a program can tell."""
+
+    IDLE = 0
+    BOUND = 1
+    RESOLVING = 2
+    ADDR_RESOLVED = 3
+    ROUTE_RESOLVED = 4
+    CONNECT = 5
+    LISTEN = 6
+    DISCONNECT = 7
+
+
+@dataclass(slots=True, eq=False)
+class CmId:
+    """One rdma_cm_id."""
+
+    handle: int
+    uid: int
+    port_space: int
+    qp_type: int
+    queue: EventQueue
+    state: IdState = IdState.IDLE
+    source: Endpoint | None = None
+    destination: Endpoint | None = None
+    on_device: bool = False
+    """Whether an address of the device belongs to it (QUERY tells the device's GUID then)."""
+    connection: Connection | None = None
+    flow_label: int = 0
+    tos: int = 0
+    reuse: bool = False
+    family_only: bool = False
+    ack_timeout: int = 19
+    """Local ACK timeout code: twice a packet's life time, one more than its code of 18."""
+    qkey: int = 0
+    psn: int = 0
+    """PSN at which the peer shall begin to send."""
+    responder_resources: int = 0
+    initiator_depth: int = 0
+    retry_count: int = 7
+    rnr_retry_count: int = 7
+    path_mtu: int = 5
+    backlog: int = 0
+    waiting: int = 0
+    """CONNECT_REQUEST events that the program has not taken."""
+    reported: int = 0
+    """Events that the program took; it acknowledges as many before it frees the id."""
+    groups: dict[int, Group] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """One membership (struct cma_multicast)."""
+
+    handle: int
+    uid: int
+    mgid: bytes
+    cm_id: CmId
+    reported: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class CmEvent:
+    """An event in a queue. `counted` is the id to which it counts; `child` a CONNECT_REQUEST's new id."""
+
+    counted: CmId
+    kind: EventType
+    status: int = 0
+    param: bytes = b""
+    child: CmId | None = None
+    group: Group | None = None
+
+
+class EventQueue:
+    """The events of one open of rdma_cm. `tell(n)` puts n bytes into its FIFO, or takes −n out."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.events: deque[CmEvent] = deque()
+        self._tell = tell
+        self.owner: Any = None
+
+    def post(self, event: CmEvent) -> None:
+        """Append one."""
+        self.events.append(event)
+        self._tell(1)
+
+    def take(self) -> CmEvent:
+        """The oldest. Raises VerbsError(EAGAIN) when there is none."""
+        if not self.events:
+            raise VerbsError(errno.EAGAIN, "no event")
+        self._tell(-1)
+        return self.events.popleft()
+
+    def withdraw(self, cm_id: CmId, group: Group | None = None) -> list[CmEvent]:
+        """Take out what counts to an id (and to `group`, when there is one)."""
+        gone = [event for event in self.events if event.counted is cm_id and (group is None or event.group is group)]
+        if gone:
+            kept = [event for event in self.events if not any(event is other for other in gone)]
+            self.events.clear()
+            self.events.extend(kept)
+            self._tell(-len(gone))
+        return gone
+
+
+class Ports:
+    """Who has which port of which port space."""
+
+    def __init__(self, random: Callable[[int], int]) -> None:
+        """random(n): a number below n."""
+        self._random = random
+        self._ids: dict[tuple[int, int], list[CmId]] = {}
+
+    def bind(self, cm_id: CmId, endpoint: Endpoint) -> Endpoint:
+        """Take the endpoint's port, or a free one for port 0. Raises VerbsError(EADDRINUSE)."""
+        if endpoint.port:
+            for other in self._ids.get((cm_id.port_space, endpoint.port), ()):
+                if self._collide(cm_id, endpoint, other):
+                    raise VerbsError(errno.EADDRINUSE, f"port {endpoint.port}")
+        else:
+            endpoint = endpoint._replace(port=self._free(cm_id.port_space))
+        self._ids.setdefault((cm_id.port_space, endpoint.port), []).append(cm_id)
+        return endpoint
+
+    def _collide(self, cm_id: CmId, endpoint: Endpoint, other: CmId) -> bool:
+        if other.source is None or (cm_id.reuse and other.reuse and other.state is not IdState.LISTEN):
+            return False
+        there = other.source
+        if len(there.ip) != len(endpoint.ip):
+            return there.wildcard and endpoint.wildcard and not (cm_id.family_only or other.family_only)
+        return there.wildcard or endpoint.wildcard or there.ip == endpoint.ip
+
+    def _free(self, port_space: int) -> int:
+        low, high = EPHEMERAL
+        count = high - low + 1
+        first = self._random(count)
+        for step in range(count):
+            port = low + (first + step) % count
+            if not self._ids.get((port_space, port)):
+                return port
+        raise VerbsError(errno.EADDRNOTAVAIL, "no free port")
+
+    def release(self, cm_id: CmId) -> None:
+        """Give an id's port back."""
+        if cm_id.source is None:
+            return
+        key = (cm_id.port_space, cm_id.source.port)
+        holders = self._ids.get(key, [])
+        if cm_id in holders:
+            holders.remove(cm_id)
+            if not holders:
+                del self._ids[key]
+
+    def listener(self, port_space: int, endpoint: Endpoint) -> CmId | None:
+        """Who listens there: one that is bound to the address before one that is bound to any."""
+        found = None
+        for cm_id in self._ids.get((port_space, endpoint.port), ()):
+            if cm_id.state is not IdState.LISTEN or cm_id.source is None:
+                continue
+            same = len(cm_id.source.ip) == len(endpoint.ip)
+            if same and cm_id.source.ip == endpoint.ip:
+                return cm_id
+            # As of a socket: any IPv6 address means IPv4 ones too, unless the program wants its family only.
+            both = len(cm_id.source.ip) == 16 and not cm_id.family_only
+            if cm_id.source.wildcard and (same or both):
+                found = cm_id
+        return found
