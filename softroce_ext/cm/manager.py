@@ -556,7 +556,9 @@ class CommunicationManager:
 
     def _work(self, connection: Connection) -> None:
         """Send what a connection has to send, tell its owner what happened, forget it when it is over."""
-        path = self._paths[connection.local_id]
+        path = self._paths.get(connection.local_id)
+        if path is None:
+            return  # it was over before
         for message in connection.outbox:
             self._gsi.send(path, message.pack())
         connection.outbox.clear()
