@@ -36,10 +36,11 @@ def run(
     only: list[str] = typer.Option([], help="cases whose text matches; all of several"),
     output: Path = typer.Option(Path("results/interop.json"), "--json", help="where everything is written"),
     seed: int = typer.Option(1, help="of the link"),
+    managed: bool = typer.Option(True, "--cm/--no-cm", help="with the programs that need rdma_cm"),
     listing: bool = typer.Option(False, "--list", help="print the cases and run none"),
 ) -> None:
     """Run every program of the table between our NIC and Linux rxe, and between two NICs of ours."""
-    cases = _only(quick() if quickly else full(), only)
+    cases = _only(quick(managed) if quickly else full(managed), only)
     if listing:
         for case in cases:
             console.print(str(case), highlight=False)

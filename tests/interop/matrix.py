@@ -63,11 +63,16 @@ class Result:
     """RoCE frames that passed, and how many of them were lost, moved or doubled."""
 
 
-def full() -> Iterator[Case]:
+def rows(managed: bool) -> list[Row]:
+    """The table; `managed`: with the programs that need rdma_cm."""
+    return [row for row in ROWS if managed or not row.needs_cm]
+
+
+def full(managed: bool = True) -> Iterator[Case]:
     """Every size, MTU, family and direction on a clean link; on bad links a message of several packets."""
     for direction in DIRECTIONS:
         for mtu in MTUS:
-            for row in ROWS:
+            for row in rows(managed):
                 for family in FAMILIES:
                     for size in row.sizes:
                         yield Case(row, size, mtu, family, direction)
@@ -88,11 +93,11 @@ QUICK_BAD: Final = ("ibv_rc_pingpong", "ib_write_bw", "ib_read_bw", "ib_atomic_l
 QUICK_6: Final = ("ibv_rc_pingpong", "ibv_uc_pingpong", "ibv_ud_pingpong", "ib_write_bw", "rping", "udaddy", "mckey")
 
 
-def quick() -> Iterator[Case]:
+def quick(managed: bool = True) -> Iterator[Case]:
     """A part for CI: each program in both directions with rxe, each dimension with a few of them."""
     for direction in DIRECTIONS:
         own = direction == "ours>ours"
-        for row in ROWS:
+        for row in rows(managed):
             if not own or row.name in QUICK_6:
                 yield Case(row, _several(row), 1024, 4, direction)
             if row.name in QUICK_6:
@@ -104,7 +109,7 @@ def quick() -> Iterator[Case]:
             if row.name in QUICK_BAD and not own:
                 for link in list(LINKS)[1:]:
                     yield Case(row, _several(row), 1024, 4, direction, link)
-        for row in ROWS:
+        for row in rows(managed):
             if row.name in (*QUICK_SIZES, "ib_send_bw UD", "ib_send_bw UC") and not own:
                 yield Case(row, _several(row), 4096, 4, direction)
 

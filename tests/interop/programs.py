@@ -50,6 +50,11 @@ class Row:
         """Whether the connection is made by rdma_cm."""
         return self.port == 0
 
+    @property
+    def needs_cm(self) -> bool:
+        """Whether it cannot run without rdma_cm (qperf is called with -cm1)."""
+        return self.cm or self.name.startswith("qperf")
+
     def words(self, side: str, **values: object) -> list[str]:
         """The command line of `server` or `client`."""
         text = self.server if side == "server" else self.client or f"{self.server} {{ip}}"
