@@ -20,7 +20,8 @@ from softroce_ext.device.completion import (
     SharedReceiveQueue,
 )
 from softroce_ext.device.context import AddressHandle, Context
-from softroce_ext.device.errors import ImageError, VerbsError
+from softroce_ext.device.errors import ImageError
+from softroce_ext.device.image_checks import check_context, check_image
 from softroce_ext.device.memory import ProcessMemory
 from softroce_ext.device.queue_pair import QPT_RC, QPT_UC, QPT_UD, Capabilities, Destination, QueuePair
 from softroce_ext.device.regions import KEY_BITS, MemoryRegion, MemoryWindow, ProtectionDomain
@@ -149,7 +150,9 @@ def check(adapter: Adapter, image: im.Image) -> None:
             if key >> KEY_BITS in adapter.keys:
                 raise ImageError(f"context {record.id}: the key {key:#x} is taken here; number bases must differ")
         for qp in record.qps:
-            if qp.context.get("qpn") in adapter.queue_pairs:
+            if not isinstance(qp.context.get("qpn"), int):
+                raise ImageError(f"context {record.id}: QPN {qp.context.get('qpn')!r} is no number")
+            if qp.context["qpn"] in adapter.queue_pairs:
                 raise ImageError(f"context {record.id}: QPN {qp.context.get('qpn')} is taken here (number bases?)")
 
 
@@ -162,6 +165,7 @@ def restore(
 ) -> list[Context]:
     """Make every object of an image, all or nothing; `addresses`: IP address there → here. Raises ImageError."""
     check(adapter, image)
+    check_image(image)
     made: list[Context] = []
     try:
         for record in image.contexts:
@@ -169,7 +173,7 @@ def restore(
             adapter.contexts[context.id] = context
             made.append(context)
             _fill(adapter, context, record, rings, addresses or {})
-    except (KeyError, ValueError, VerbsError, OSError, ImageError) as error:
+    except Exception as error:  # whatever is wrong with an image, nothing of it may stay
         for context in made:
             adapter.forget(context)
         if isinstance(error, ImageError):
@@ -224,6 +228,12 @@ def _fill(
         window = MemoryWindow(_pd(by_handle, mw.pd), mw.key, mw.kind)
         window.region = by_handle[mw.mr] if mw.mr is not None else None
         if window.region is not None:
+            if (
+                window.region.__class__ is not MemoryRegion
+                or mw.iova < window.region.iova
+                or mw.end > window.region.end
+            ):
+                raise ImageError(f"context {record.id}: window {mw.handle} is not within region {mw.mr}")
             window.region.windows += 1
         window.iova, window.end, window.access = mw.iova, mw.end, mw.access
         window.qpn = mw.qpn
@@ -311,9 +321,12 @@ def _restore_qp(
     srq = objects[record.srq] if record.srq is not None else None
     if send_cq.__class__ is not CompletionQueue or recv_cq.__class__ is not CompletionQueue:
         raise ImageError(f"queue pair {record.handle}: its completion queues are something else")
+    if srq is not None and srq.__class__ is not SharedReceiveQueue:
+        raise ImageError(f"queue pair {record.handle}: its shared receive queue is something else")
     capabilities = Capabilities(*record.capabilities)
     _check_qp_context(record.context)
     qp_context = QpContext.from_plain(record.context)
+    check_context(qp_context)
     if qp_context.qp_type != record.kind or record.kind not in (QPT_RC, QPT_UC, QPT_UD):
         raise ImageError(f"queue pair {record.handle}: type {record.kind}, in its context {qp_context.qp_type}")
     if qp_context.path is not None:

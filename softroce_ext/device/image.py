@@ -243,7 +243,20 @@ def read(path: str | os.PathLike[str]) -> tuple[Image, RingSection]:
     if image.version != VERSION:
         raise ImageError(f"{path}: version: {image.version}, this NIC reads {VERSION}")
     try:
-        rings = zlib.decompress(data[head + text_length : -_CRC.size])
+        unpacker = zlib.decompressobj()
+        # No more than the records speak of: some bytes can unpack to any number.
+        rings = unpacker.decompress(data[head + text_length : -_CRC.size], min(_ring_bytes(image), MAX_IMAGE) + 1)
     except zlib.error as error:
         raise ImageError(f"{path}: the rings do not unpack: {error}") from None
+    if len(rings) != _ring_bytes(image) or not unpacker.eof:
+        raise ImageError(f"{path}: the rings are not the {_ring_bytes(image)} bytes that the records speak of")
     return image, RingSection(rings)
+
+
+def _ring_bytes(image: Image) -> int:
+    """Bytes of all rings, by their records."""
+    records: list[RingRecord | None] = []
+    for context in image.contexts:
+        records += [cq.ring for cq in context.cqs] + [srq.ring for srq in context.srqs]
+        records += [ring for qp in context.qps for ring in (qp.send_ring, qp.receive_ring)]
+    return sum(ring.size for ring in records if ring is not None)

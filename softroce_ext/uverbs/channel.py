@@ -239,7 +239,14 @@ class FileChannel:
         offset = self._take(rings.ring_bytes(slots, rings.MIN_ELEMENT))
         return rings.CompletionRing(self._area, offset, slots, self._release)
 
-    def _reserve(self, image: RingImage) -> None:
+    def _reserve(self, image: RingImage, element: int) -> None:
+        """Room for a ring of an image whose slots need `element` bytes. Raises VerbsError."""
+        if image.offset < CONTROL_BYTES or image.offset + image.size > FILE_BYTES:
+            raise VerbsError(errno.EINVAL, f"a queue of {image.size} bytes at {image.offset:#x}")
+        if element > image.element or image.size != rings.ring_bytes(image.mask + 1, image.element):
+            raise VerbsError(
+                errno.EINVAL, f"a queue of {image.size} bytes with slots of {image.element}, not {element}"
+            )
         try:
             os.posix_fallocate(self._fd, image.offset, image.size)
         except OSError as error:
@@ -247,7 +254,7 @@ class FileChannel:
 
     def restore_send_ring(self, image: RingImage, max_sge: int, max_inline: int) -> rings.SendRing:
         """Map and fill a dumped send queue where it lay."""
-        self._reserve(image)
+        self._reserve(image, rings.SEND_WQE + max(rings.SGE_BYTES * max_sge, max_inline))
         ring = rings.SendRing(
             self._area, image.offset, image.mask + 1, image.element, self._release, max_sge, max_inline, fresh=False
         )
@@ -256,7 +263,7 @@ class FileChannel:
 
     def restore_receive_ring(self, image: RingImage, max_sge: int, shared: bool) -> rings.ReceiveRing:
         """Map and fill a dumped receive queue where it lay."""
-        self._reserve(image)
+        self._reserve(image, rings.RECV_WQE + rings.SGE_BYTES * max_sge)
         ring = rings.ReceiveRing(
             self._area, image.offset, image.mask + 1, image.element, self._release, max_sge, shared, fresh=False
         )
@@ -265,7 +272,9 @@ class FileChannel:
 
     def restore_completion_ring(self, image: RingImage) -> rings.CompletionRing:
         """Map and fill a dumped completion queue where it lay."""
-        self._reserve(image)
+        if image.element != rings.MIN_ELEMENT:
+            raise VerbsError(errno.EINVAL, f"a completion queue with slots of {image.element} bytes")
+        self._reserve(image, rings.MIN_ELEMENT)
         ring = rings.CompletionRing(self._area, image.offset, image.mask + 1, self._release, fresh=False)
         ring.load(image)
         return ring

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import fuzz_commands
 import fuzz_frames
+import fuzz_images
 import fuzz_rings
 from fuzz_common import Tally
 
@@ -22,5 +23,6 @@ class Target(NamedTuple):
 TARGETS: dict[str, Target] = {
     "frames": Target(fuzz_frames.one_round, 1200),
     "commands": Target(fuzz_commands.one_round, 2500),
+    "images": Target(fuzz_images.one_round, 250),
     "rings": Target(fuzz_rings.one_round, 1500),
 }

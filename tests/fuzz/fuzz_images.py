@@ -1,0 +1,174 @@
+"""Damaged images: a NIC image with a right checksum and any field changed, and management requests of any shape.
+
+Invariants: an image is restored whole or refused by an ImageError (one line, naming the place) with nothing left: no
+context, object, key, number, descriptor or file; a restored one can be resumed, can send, can be dumped again and
+forgotten, whatever its numbers are. A request to the management socket is answered, by an error or by success.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+from fuzz_commands import descriptors, upper
+from fuzz_common import Tally, Violation
+from fuzz_rings import Loop, Peer, install_guard
+from uverbs_program import Program, Upper
+
+from softroce_ext.device import checkpoint, image
+from softroce_ext.device.errors import ImageError
+from softroce_ext.uverbs.abi import Command
+from softroce_ext.uverbs.channel import FileChannel
+
+MUTATIONS = 25
+VALUES: tuple[Any, ...] = (
+    0, 1, -1, 2, 3, 4, 7, 31, 32, 63, 64, 255, 256, 4095, 4096, 65535, 65536, 2**24 - 1, 2**24, 2**31, 2**32 - 1, 2**32,
+    2**63, 2**64 - 1, 2**64, 10**40, 1.5, -0.0, 1e308, None, True, False, "", "0", "zz", "00", "ff" * 16, "ff" * 5000,
+    "comp-0", "../../x", "1-0", [], [0], [[]], {}, {"a": 1},
+)  # fmt: skip
+
+
+def full_program(nic: Upper, chance: random.Random) -> tuple[Program, list[Peer]]:
+    """A program with objects of every kind and traffic under way."""
+    program = Program(nic)
+    made = program.objects()
+    peers = [Peer(nic, program, kind, srq) for kind, srq in ((2, False), (3, False), (4, False), (2, True))]
+    (window,) = struct.unpack_from("<I", program.call(Command.ALLOC_MW, struct.pack("<IB3x", made["pd"], 2), 8))
+    region = next(item for item in program.context.objects.values() if type(item).__name__ == "MemoryRegion")
+    item = program.context.objects[window]
+    item.region, item.iova, item.end, item.access = region, region.iova, region.end, 7
+    region.windows += 1
+    loop = Loop(nic)
+    for peer in peers:
+        for qp in peer.qps:
+            for _ in range(chance.randrange(4)):
+                opcode = chance.choice((0, 2, 4, 5)) if peer.kind == 2 else 2
+                length = 8 if opcode == 5 else chance.choice((8, 3000))
+                sges = [(peer.arena.address, length, peer.key)]
+                peer.post(qp.send_ring, peer.send(1, opcode, 2, sges, address=peer.arena.address, rkey=peer.key))
+            peer.ring(qp)
+            if qp.receive_ring is not None and chance.random() < 0.7:
+                peer.post(qp.receive_ring, peer.receive(3, [(peer.arena.address, 4096, peer.key)]))
+    for _ in range(chance.randrange(4)):
+        loop.round()
+    for qp in program.context.queue_pairs:
+        qp.transport.stop()
+    nic.engine.end_of_batch(loop.now)
+    program.context.held = True
+    return program, peers
+
+
+def places(plain: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place of a JSON value, as keys from the root."""
+    found = [path] if path else []
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            found += places(value, (*path, key))
+    elif isinstance(plain, list):
+        for index, value in enumerate(plain):
+            found += places(value, (*path, index))
+    return found
+
+
+def mutate(plain: Any, chance: random.Random) -> str:
+    """Change one place; says which."""
+    path = chance.choice(places(plain))
+    holder = plain
+    for key in path[:-1]:
+        holder = holder[key]
+    key = path[-1]
+    deed = chance.randrange(6)
+    if deed == 0 and isinstance(holder, list):
+        holder.append(holder[key])
+    elif deed == 1:
+        del holder[key]
+    elif deed == 2 and isinstance(holder[key], int):
+        holder[key] += chance.choice((1, -1, 64, 4096, 65536))
+    else:
+        holder[key] = chance.choice(VALUES)
+    return ".".join(map(str, path))
+
+
+def write(path: Path, text: bytes, packed: bytes) -> None:
+    """An image file with a right checksum."""
+    body = image.MAGIC + struct.pack("<QQ", len(text), len(packed)) + text + packed
+    path.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
+
+
+def check_empty(nic: Upper, why: str) -> None:
+    """Nothing of a refused image is here."""
+    left = {
+        "contexts": nic.adapter.contexts, "keys": nic.adapter.keys, "queue pairs": nic.adapter.queue_pairs,
+        "engine": nic.engine.qps, "address handles": nic.adapter.ah_numbers,
+        "groups": {group for group, members in nic.engine.multicast.items() if members},
+        "files": list((nic.run / "ctx").iterdir()),
+    }  # fmt: skip
+    for what, items in left.items():
+        if items:
+            raise Violation(f"{why}: {what} left: {items}")
+
+
+def run_it(nic: Upper) -> None:
+    """A restored program goes on (its process does not exist, so its memory faults), is dumped again and goes."""
+    loop = Loop(nic)
+    for context in list(nic.adapter.contexts.values()):
+        for qp in context.queue_pairs:
+            qp.transport.resume(None)
+    for step in range(6):
+        loop.now += 0.5 * step
+        loop.round()
+        for frame in loop.frames[:8]:
+            nic.engine.receive(memoryview(bytearray(frame)), loop.now)
+        nic.engine.end_of_batch(loop.now)
+    checkpoint.dump(nic.adapter, list(nic.adapter.contexts.values()))
+    for context in list(nic.adapter.contexts.values()):
+        context.summary()
+        nic.adapter.forget(context)
+
+
+def one_round(chance: random.Random, tally: Tally) -> None:
+    """One program's image, changed in many ways."""
+    install_guard()
+    with upper() as nic, upper() as other:
+        program, _peers = full_program(nic, chance)
+        made, rings = checkpoint.dump(nic.adapter, [program.context])
+        text = made.model_dump_json()
+        packed = zlib.compress(rings.bytes(), 1)
+        path = nic.run / "image"
+
+        def make(identifier: str, owner: tuple[int, int], taken: list[tuple[int, int]]) -> FileChannel:
+            return FileChannel(other.run, identifier, owner, taken)
+
+        gc.collect()
+        before = descriptors()
+        for number in range(MUTATIONS + 1):
+            plain = json.loads(text)
+            where = [mutate(plain, chance) for _ in range(chance.choice((1, 1, 1, 2, 4)))] if number else []
+            blob = packed if chance.random() < 0.99 else zlib.compress(bytes(chance.choice((0, 1, 1 << 22))), 9)
+            write(path, json.dumps(plain).encode(), blob if number else packed)
+            tally.cases += 1
+            try:
+                checkpoint.restore(other.adapter, *image.read(path), make)
+            except ImageError as error:
+                if not number:
+                    raise Violation(f"the image as it was is refused: {error}") from error
+                tally.refusals[type(error.__cause__ or error).__name__] += 1
+            else:
+                try:
+                    run_it(other)
+                except Exception as error:
+                    raise Violation(f"restored with {where} changed, then: {error!r}") from error
+            check_empty(other, str(where))
+            if descriptors() != before:
+                gc.collect()  # an error's frames refer to what was half made until the next collection
+            if descriptors() != before:
+                raise Violation(f"{where}: {descriptors() - before} descriptors leaked")
+        for descriptor in (program.reply, program.queues, program.channel):
+            os.close(descriptor)
+        program._socket.close()
