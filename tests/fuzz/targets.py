@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+import fuzz_cm
 import fuzz_commands
 import fuzz_frames
 import fuzz_images
@@ -24,5 +25,6 @@ TARGETS: dict[str, Target] = {
     "frames": Target(fuzz_frames.one_round, 1200),
     "commands": Target(fuzz_commands.one_round, 2500),
     "images": Target(fuzz_images.one_round, 250),
+    "cm": Target(fuzz_cm.one_round, 1500),
     "rings": Target(fuzz_rings.one_round, 1500),
 }
