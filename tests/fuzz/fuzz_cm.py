@@ -132,7 +132,8 @@ class Scene:
         else:
             handle = chance.choice(self.handles)
             words = [chance.choice((handle, chance.choice(EDGES))) for _ in range(chance.choice((2, 4, 6, 40, 80)))]
-            parts = [struct.pack("<QI", 1, handle), struct.pack("<II", handle, chance.choice(EDGES)), address.ljust(28, b"\0"),
+            edge = chance.choice(EDGES)
+            parts = [struct.pack("<QI", 1, handle), struct.pack("<II", handle, edge), address.ljust(28, b"\0"),
                      struct.pack("<I", chance.choice((0, 10, 2000)))]  # fmt: skip
             body = struct.pack(f"<{len(words)}I", *words)
             if chance.random() < 0.7:
