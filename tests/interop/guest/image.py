@@ -31,7 +31,7 @@ PACKAGES = (
 """The stock kernel: the cloud variant has no rdma_rxe."""
 PROGRAMS = re.compile(
     r"(ibv_\w+|ib_\w+(lat|bw)|rping|ucmatose|udaddy|mckey|rstream|riostream|rdma_(x?client|x?server)|cmtime|qperf|python3[.\d]*|ip|rdma"
-    r"|busybox|ethtool|ld-linux-x86-64\.so\.2|librxe-\w+\.so|rxe\.driver|libnss_files\.so\.2)"
+    r"|busybox|ethtool|ld-linux-x86-64\.so\.2|librxe-\w+\.so|rxe\.driver|libnss_files\.so\.2|libgcc_s\.so\.1)"
 )
 """Names of the files that are wanted, wherever their package has them."""
 MODULES = (
