@@ -1,4 +1,4 @@
-"""Invariant: every MAD that Linux rxe's connection manager sent is read, and built again from its fields byte by byte."""
+"""Invariant: every MAD of Linux rxe's connection manager is read, and built again from its fields byte by byte."""
 
 from __future__ import annotations
 
