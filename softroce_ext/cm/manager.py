@@ -397,7 +397,7 @@ class CommunicationManager:
 
     def join(self, cm_id: CmId, uid: int, address: Endpoint) -> Group:
         """rdma_join_multicast; the queue pair is attached by the library when it sees the event."""
-        if cm_id.source is None or not cm_id.on_device or not is_multicast(address.ip):
+        if cm_id.source is None or not self._own(cm_id.source.ip) or not is_multicast(address.ip):
             raise VerbsError(errno.EINVAL, "no device, or not a group's address")
         if len(address.ip) != len(cm_id.source.ip):
             raise VerbsError(errno.EINVAL, "the group is of the other address family")

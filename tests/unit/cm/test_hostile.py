@@ -1,0 +1,141 @@
+"""Invariant: whatever comes from the wire or from a program, the manager answers or refuses, and never raises else."""
+
+from __future__ import annotations
+
+import errno
+import random
+import struct
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_messages import CAPTURES, mads
+
+from softroce_ext.cm import messages as m
+from softroce_ext.cm import ucma
+from softroce_ext.cm.ids import EventQueue
+from softroce_ext.cm.manager import CommunicationManager
+from softroce_ext.device.addressing import Addressing
+from softroce_ext.device.errors import VerbsError
+
+HERE, THERE = bytes((10, 77, 0, 2)), bytes((10, 77, 0, 1))
+MAC = bytes(6)
+
+
+class Lab:
+    """A manager without a NIC: what it sends is kept."""
+
+    def __init__(self) -> None:
+        rng = random.Random(1)
+        addressing = Addressing(MAC, lambda _ip: MAC)
+        addressing.add(HERE)
+        adapter = SimpleNamespace(
+            addressing=addressing, gids=addressing.gids, guid=bytes(8), mac=MAC, interface_mtu=9000
+        )
+        self.sent: list[m.Message] = []
+        gsi = SimpleNamespace(on_mad=None, send=lambda _path, mad: self.sent.append(m.unpack(mad)))
+        self.cm = CommunicationManager(adapter, gsi, rng.randrange, lambda _ip: HERE)
+        self.told = 0
+        self.file: Any = SimpleNamespace(queue=EventQueue(self._tell), read=lambda _address, length: bytes(length))
+        self.file.sibling = lambda _descriptor: self.file
+
+    def _tell(self, count: int) -> None:
+        self.told += count
+        assert self.told >= 0
+
+    def mad(self, mad: bytes, source: bytes = THERE) -> None:
+        packet = SimpleNamespace(addresses=source + HERE, source_mac=MAC)
+        self.cm.on_mad(packet, 1, memoryview(mad), 0.0)
+
+    def command(self, number: int, body: bytes, room: int = 400) -> bytes:
+        return ucma.execute(self.cm, self.file, ucma.HEADER.pack(number, len(body), room) + body, 0.0)
+
+    def listener(self, port: int = 7174) -> int:
+        handle = struct.unpack("<I", self.command(0, struct.pack("<QQHB5x", 7, 0, 0x0106, 2)))[0]
+        address = struct.pack("<H", 2) + port.to_bytes(2, "big") + bytes(24)
+        self.command(2, bytes(8) + address + struct.pack("<I", handle))
+        self.command(7, struct.pack("<Ii", handle, 8))
+        return int(handle)
+
+
+def test_no_listener_is_rejected_as_rxe_rejects() -> None:
+    request, reject = mads("cm_reject")
+    lab = Lab()
+    lab.mad(request)
+    assert [message.pack() for message in lab.sent] == [reject]
+
+
+def test_request_becomes_one_event_however_often_it_comes() -> None:
+    lab = Lab()
+    lab.listener()
+    for _ in range(3):
+        lab.mad(mads("cm_rping")[0])
+    assert lab.told == 1
+    event = lab.command(12, bytes(8))
+    uid, handle, kind, status = struct.unpack_from("<QIIi", event)
+    assert (uid, kind, status) == (7, 4, 0)
+    assert lab.cm.ids[handle].connection is not None
+
+
+def test_another_address_cannot_speak_for_a_connection() -> None:
+    lab = Lab()
+    lab.listener()
+    lab.mad(mads("cm_rping")[0])
+    (connection,) = lab.cm.connections.values()
+    ids = {"local_comm_id": connection.remote_id, "remote_comm_id": connection.local_id}
+    lab.mad(m.Message(m.Kind.REJ, 0, ids | {"reason": 28}).pack(), bytes((10, 77, 0, 9)))
+    assert lab.cm.connections
+
+
+def test_backlog_is_kept() -> None:
+    lab = Lab()
+    lab.listener()
+    request = m.unpack(mads("cm_rping")[0])
+    for number in range(20):
+        lab.mad(m.Message(request.kind, 0, request.fields | {"local_comm_id": number + 1}, request.private).pack())
+    assert lab.told == 8
+    assert sum(message.kind is m.Kind.REJ for message in lab.sent) == 12
+
+
+@pytest.mark.parametrize("name", CAPTURES)
+def test_changed_mads(name: str) -> None:
+    rng = random.Random(name)
+    lab = Lab()
+    lab.listener()
+    for _ in range(500):
+        mad = bytearray(rng.choice(mads(name)))
+        for _change in range(rng.randrange(6)):
+            mad[rng.randrange(256)] = rng.randrange(256)
+        lab.mad(bytes(mad))
+        lab.cm.on_timer(rng.random() * 100)
+
+
+def test_random_commands() -> None:
+    rng = random.Random(5)
+    lab = Lab()
+    lab.listener()
+    refused = 0
+    for _ in range(5000):
+        body = bytearray(rng.randbytes(rng.choice((0, 3, 8, 12, 24, 40, 64, 144, 288, 320))))
+        for at in range(0, len(body) - 3, 4):
+            if rng.random() < 0.6:
+                body[at : at + 4] = struct.pack("<I", rng.randrange(4))
+        try:
+            answer = lab.command(rng.randrange(26), bytes(body), 8)
+            assert len(answer) <= 8
+        except VerbsError as error:
+            refused += 1
+            assert error.number in errno.errorcode
+    assert refused > 1000
+    lab.cm.close(lab.file.queue, 0.0)
+    assert not lab.cm.ids
+    assert lab.told == 0
+
+
+def test_foreign_ids_are_refused() -> None:
+    lab = Lab()
+    handle = lab.listener()
+    lab.file = SimpleNamespace(queue=EventQueue(lambda _count: None))
+    with pytest.raises(VerbsError) as refusal:
+        lab.command(1, struct.pack("<QII", 0, handle, 0))
+    assert refusal.value.number == errno.EINVAL
