@@ -24,7 +24,7 @@ from typing import Any, Final
 from softroce_ext.addresses import AddressWatch
 from softroce_ext.capture import Capture
 from softroce_ext.cm.manager import CommunicationManager
-from softroce_ext.cm.server import CmFiles, Sources
+from softroce_ext.cm.server import CmFiles, Memberships, Sources
 from softroce_ext.control import ControlServer
 from softroce_ext.device.adapter import Adapter
 from softroce_ext.device.addressing import address_of
@@ -116,6 +116,7 @@ class Nic:
         self.commands = CommandServer(run, self.adapter, self.watch_context, self._ring_before)
         sources = Sources(self.port.index, self.adapter.addresses)
         self.cm = CommunicationManager(self.adapter, self.engine.gsi, secrets.randbelow, sources)
+        self._memberships = self.cm.membership = Memberships(self.port.index)
         self.cm_files = self.commands.cm = CmFiles(run, self.cm, self.watch, self.unwatch, time.monotonic)
         self.watch(self.commands.fileno(), lambda _: self._serve())
         self.watch(self.port.fileno(), self._frames_wait)
@@ -459,6 +460,7 @@ class Nic:
     def close(self) -> None:
         """Free every context, close the port and remove what `Nic` created in the run directory."""
         self.cm_files.close_all()
+        self._memberships.close()
         for context in list(self.adapter.contexts.values()):
             self.unwatch_context(context)
             self.adapter.forget(context)

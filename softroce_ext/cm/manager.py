@@ -28,7 +28,7 @@ from softroce_ext.cm.ids import (
 )
 from softroce_ext.cm.params import ConnParam, conn_param, ud_param
 from softroce_ext.device import limits
-from softroce_ext.device.addressing import gid_of, is_multicast
+from softroce_ext.device.addressing import address_of, gid_of, is_multicast
 from softroce_ext.device.errors import NotYet, VerbsError
 from softroce_ext.device.queue_pair import Destination
 from softroce_ext.wire.path import Path
@@ -87,6 +87,8 @@ class CommunicationManager:
         self.due = NEVER
         """When `on_timer` wants to be called."""
         self.counters: Counter[str] = Counter()
+        self.membership: Callable[[bytes, bool], None] = lambda _address, _member: None
+        """Told of the first member of a group's address, and when there is none any more."""
         gsi.on_mad = self.on_mad
 
     # -- ids -------------------------------------------------------------------------------------------------------
@@ -402,6 +404,8 @@ class CommunicationManager:
         if len(address.ip) != len(cm_id.source.ip):
             raise VerbsError(errno.EINVAL, "the group is of the other address family")
         group = Group(self._handle(), uid, gid_of(address.ip), cm_id)
+        if all(other.mgid != group.mgid for other in self.groups.values()):
+            self.membership(address.ip, True)
         self.groups[group.handle] = cm_id.groups[group.handle] = group
         vector = self.vector_to(cm_id, group.mgid)
         cm_id.qkey = cm_id.qkey or UDP_QKEY
@@ -427,6 +431,8 @@ class CommunicationManager:
         self.groups.pop(group.handle, None)
         group.cm_id.groups.pop(group.handle, None)
         group.cm_id.queue.withdraw(group.cm_id, group)
+        if all(other.mgid != group.mgid for other in self.groups.values()):
+            self.membership(address_of(group.mgid), False)
         return group.reported
 
     # -- the wire --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import errno
 import os
 import select
 import socket
+import struct
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -172,3 +173,36 @@ class Sources:
                 return None
         # A group needs no route on a host with one interface.
         return next((ip for ip in self._addresses() if len(ip) == len(destination)), None)
+
+
+class Memberships:
+    """Tells the network of groups (IGMP, MLD): an ordinary socket joins them, and the kernel does the rest."""
+
+    def __init__(self, interface: int) -> None:
+        """interface: its index."""
+        self._interface = interface
+        self._sockets: dict[bytes, socket.socket] = {}
+
+    def __call__(self, address: bytes, member: bool) -> None:
+        """Join or leave a group. A kernel that refuses only means that nobody is told."""
+        if not member:
+            known = self._sockets.pop(address, None)
+            if known is not None:
+                known.close()
+            return
+        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        with contextlib.suppress(OSError):
+            joined = socket.socket(family, socket.SOCK_DGRAM)
+            self._sockets[address] = joined
+            if family == socket.AF_INET:
+                request = address + bytes(4) + struct.pack("=i", self._interface)
+                joined.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
+            else:
+                request = address + struct.pack("=i", self._interface)
+                joined.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, request)
+
+    def close(self) -> None:
+        """Leave all."""
+        for joined in self._sockets.values():
+            joined.close()
+        self._sockets.clear()
