@@ -52,6 +52,7 @@ def run(
     def tell(result: Result) -> None:
         entries.append(report.record(result))
         report.line(console, len(entries), len(cases), entries[-1])
+        report.write(output, entries, seed=seed, seconds=round(time.monotonic() - begin, 1))
 
     for own in (False, True):
         chosen = [case for case in cases if (case.direction == "ours>ours") == own]
@@ -59,7 +60,6 @@ def run(
             with lab(None if own else image()) as place:
                 run_all(place, sorted(chosen, key=lambda case: case.mtu), seed, tell)
     seconds = time.monotonic() - begin
-    report.write(output, entries, seed=seed, seconds=round(seconds, 1))
     _end(entries, f"{seconds:.0f} s")
 
 
@@ -78,7 +78,10 @@ def _end(entries: list[dict[str, object]], note: str) -> None:
     console.print(report.summary(entries))
     failed = [entry for entry in entries if not entry["ok"]]
     console.print(f"\n{len(entries) - len(failed)} of {len(entries)} cases passed ({note})", highlight=False)
-    if failed or not entries:
+    known = [entry for entry in failed if entry["known"]]
+    for entry in known:
+        console.print(f"known: {entry['program']} {entry['direction']}: {entry['known']}", highlight=False)
+    if len(failed) > len(known) or not entries:
         raise typer.Exit(Exit.CHECK_FAILED)
 
 

@@ -226,17 +226,8 @@ class OwnEnd(End):
         self.stop_nic()
         self.mtu = mtu
         self.space.do("ip", "link", "set", "eth0", "mtu", str(mtu))
-        words = [
-            sys.executable,
-            "-m",
-            "softroce_ext",
-            "--interface",
-            "eth0",
-            "--address",
-            self.ip4,
-            "--address",
-            self.ip6,
-        ]
+        words = [sys.executable, "-m", "softroce_ext", "--interface", "eth0"]
+        words += ["--address", self.ip4, "--address", self.ip6]
         words += ["--run-dir", RUN, "--number-base", str(self.number), *options]
         self.nic = subprocess.Popen(self.space.enter(*words), stdout=subprocess.PIPE, text=True)
         assert self.nic.stdout is not None

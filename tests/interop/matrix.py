@@ -24,6 +24,11 @@ LINKS: Final[dict[str, dict[str, float]]] = {
     "duplicate": {"duplicate": 0.02},
 }
 """Probabilities for each RoCE frame, in both directions."""
+KNOWN: Final = {
+    ("mckey", "ours>rxe"): "over IPv6 the receiver at rxe ends with -1",
+    ("mckey", "rxe>ours"): "over IPv6 not looked into yet",
+}
+"""Failures that are not mended yet, with what is known: shown as failed, but they do not fail the whole run."""
 MTUS: Final = (1024, 4096)
 FAMILIES: Final = (4, 6)
 GROUPS: Final = {4: "239.9.0.1", 6: "ff05::9:1"}
@@ -163,8 +168,12 @@ def run(lab: Lab, case: Case, seed: int) -> Result:
 def _wait_for_listener(server: End, row: Row) -> None:
     if row.port:
         server.listens(row.port)
-    if row.cm:
+    if row.cm and isinstance(server, OwnEnd):
         time.sleep(_CM_SECONDS)
+    elif row.cm:
+        deadline = time.monotonic() + 10
+        while "LISTEN" not in server.run("rdma", "resource", "show", "cm_id")[1] and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def _reason(case: Case, served: tuple[int, str], called: tuple[int, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .matrix import DIRECTIONS, Result
+from .matrix import DIRECTIONS, KNOWN, Result
 
 
 def record(result: Result) -> dict[str, Any]:
@@ -20,7 +20,9 @@ def record(result: Result) -> dict[str, Any]:
         "program": case.row.name, "transport": case.row.transport, "size": case.size, "mtu": case.mtu,
         "family": case.family, "direction": case.direction, "link": case.link, "ok": result.ok,
         "seconds": round(result.seconds, 3), "frames": result.frames, "spoilt": result.spoilt,
-        "reason": result.reason, "server_output": result.outputs[0], "client_output": result.outputs[1],
+        "reason": result.reason,
+        "known": KNOWN.get((case.row.name, case.direction), ""), "server_output": result.outputs[0],
+        "client_output": result.outputs[1],
     }  # fmt: skip
 
 
