@@ -21,7 +21,7 @@ def record(result: Result) -> dict[str, Any]:
         "family": case.family, "direction": case.direction, "link": case.link, "ok": result.ok,
         "seconds": round(result.seconds, 3), "frames": result.frames, "spoilt": result.spoilt,
         "reason": result.reason,
-        "known": KNOWN.get((case.row.name, case.direction), ""), "server_output": result.outputs[0],
+        "known": KNOWN.get((case.row.name, case.direction, case.family), ""), "server_output": result.outputs[0],
         "client_output": result.outputs[1],
     }  # fmt: skip
 
