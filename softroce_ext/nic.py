@@ -50,6 +50,8 @@ MAX_WINDOW: Final = 384
 DRAIN_LIMIT: Final = 64
 FLUSHES: Final = 4
 """Batches sent in one round before received frames get their turn."""
+LOOPBACK_FULL: Final = 512
+"""Frames to this NIC itself that may wait before the next ones are built."""
 
 
 @dataclass(slots=True)
@@ -403,7 +405,8 @@ class Nic:
         timer = engine.next_timer()
         if timer is not None and timer <= now:
             engine.on_timer(now)
-        if port.flush():
+        # Datagrams to this NIC itself have no window: what waits inside holds everybody's turns back, fairly.
+        if port.flush() and len(port.loopback) < LOOPBACK_FULL:
             for _ in range(FLUSHES):
                 if not engine.frames_to_send(now, port):
                     break

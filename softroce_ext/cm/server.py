@@ -27,6 +27,8 @@ from softroce_ext.device.memory import ProcessMemory
 from softroce_ext.uverbs.channel import MAILBOX_DATA, FileChannel
 
 EVENTS: Final = "events"
+MAX_FILES: Final = 256
+"""Opens that one process may have at a time: each costs the NIC descriptors."""
 _ROCE_PORT: Final = 4791
 
 
@@ -90,6 +92,8 @@ class CmFiles:
 
     def open(self, identifier: str, pid: int, uid: int, gid: int) -> CmFile:
         """A process opens rdma_cm. Raises OSError or VerbsError."""
+        if len(self.of({pid})) >= MAX_FILES:
+            raise VerbsError(errno.EMFILE, f"process {pid} has {MAX_FILES} opens of rdma_cm")
         file = CmFile(self, identifier, pid, FileChannel(self._run, identifier, (uid, gid)))
         self.files[identifier] = file
         self._watch(file.channel.doorbell, lambda events: self._doorbell(file, events))

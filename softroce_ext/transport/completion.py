@@ -33,7 +33,7 @@ _SEND, _RECV = int(WcOpcode.SEND), int(WcOpcode.RECV)
 _FLUSHED = int(WcStatus.WR_FLUSH_ERR)
 _ERR = int(QpState.ERR)
 
-FLUSH_LIMIT = 4096
+FLUSH_LIMIT = 1024
 """Work requests of one queue that one turn flushes."""
 
 

@@ -212,9 +212,8 @@ class Engine:
         quantum = self.config.quantum
         room = sink.room
         total = 0
-        turns = 2 * len(ready) + room  # a turn may send nothing and leave more (flushing, local operations)
-        while ready and room > 0 and turns > 0:
-            turns -= 1
+        idle = len(ready) + 1  # turns that may send nothing and leave more (flushing, local operations)
+        while ready and room > 0 and idle > 0:
             qp = ready.popleft()
             qp.ready = False
             sent = qp.transmit(now, sink, quantum if quantum < room else room)
@@ -222,6 +221,7 @@ class Engine:
             room -= sent
             if qp.more:
                 qp.make_ready()
+                idle -= not sent
         if total:
             self.counters["sent_pkts"] += total
         if self.completions:

@@ -30,6 +30,7 @@ from uverbs_program import IP, Program, Upper
 
 from softroce_ext.device.queue_pair import QueuePair
 from softroce_ext.native import build
+from softroce_ext.nic import LOOPBACK_FULL
 from softroce_ext.simulation.world import ByteSink
 from softroce_ext.transport.engine import Engine
 from softroce_ext.uverbs import rings
@@ -162,7 +163,7 @@ class Loop:
                     self.engine.ring(qp.transport)
         self.now += 0.003
         self.engine.on_timer(self.now)
-        for _ in range(4):
+        for _ in range(4 if len(self.frames) < LOOPBACK_FULL else 0):
             sink = ByteSink()
             if not self.engine.frames_to_send(self.now, sink):
                 break

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz_commands import upper
+from fuzz_commands import descriptors, upper
 from fuzz_rings import install_guard
 from uverbs_program import Program, Upper
 
@@ -160,3 +160,38 @@ def test_control_lines_that_are_no_requests(tmp_path: Path, line: bytes) -> None
     assert b'"ok": true' in client.recv(65536)
     client.close()
     control.close()
+
+
+def test_a_full_tmpfs(nic: Upper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An errno for what is new, no descriptor and no file left of it, and all is well when there is room again."""
+    program = Program(nic)
+    program.objects()
+    before = descriptors()
+
+    def full(fd: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(channel.os, "posix_fallocate", full)
+    body = struct.pack("<QIIiI", 1, 10, 0, -1, 0)
+    program.call(Command.CREATE_CQ, body, 24, errno.ENOMEM)
+    with pytest.raises(OSError):
+        Program(nic, "open-9")
+    (nic.run / "ctx" / "open-9").unlink(missing_ok=True)
+    assert list(nic.adapter.contexts) == [program.id]
+    assert [path.name for path in (nic.run / "ctx").iterdir()] == [program.id]
+    monkeypatch.undo()
+    program.call(Command.CREATE_CQ, body, 24)
+    assert descriptors() == before + 1 or descriptors() == before, "the failed program's own socket at most"
+    assert Program(nic, "open-10").error == 0
+
+
+def test_a_fifo_of_somebody_else(nic: Upper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user cannot have the NIC answer his open into the FIFO in which a program waits for its own."""
+    fifo = nic.run / "ctx" / "open-1"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setattr(server.os, "geteuid", lambda: 54321)
+    nic.server._open(b"open-1", os.getpid(), 12345, 12345, nic.server._new_context)
+    assert nic.engine.counters["refused_open"] == 1 and not nic.adapter.contexts
+    assert os.read(reader, 64) == b""
+    os.close(reader)
