@@ -20,7 +20,7 @@ def record(result: Result) -> dict[str, Any]:
         "program": case.row.name, "transport": case.row.transport, "size": case.size, "mtu": case.mtu,
         "family": case.family, "direction": case.direction, "link": case.link, "ok": result.ok,
         "seconds": round(result.seconds, 3), "frames": result.frames, "spoilt": result.spoilt,
-        "reason": result.reason,
+        "reason": result.reason, "first_try": result.before,
         "known": KNOWN.get((case.row.name, case.direction, case.family), ""), "server_output": result.outputs[0],
         "client_output": result.outputs[1],
     }  # fmt: skip
@@ -37,6 +37,8 @@ def line(console: Console, number: int, total: int, entry: dict[str, Any]) -> No
     )  # fmt: skip
     if not entry["ok"]:
         console.print(f"               {entry['reason']}", style="red", highlight=False, markup=False)
+    elif entry["first_try"]:
+        console.print(f"               second try; the first: {entry['first_try']}", highlight=False, markup=False)
 
 
 def _cell(entries: Iterable[dict[str, Any]]) -> str:
