@@ -222,8 +222,8 @@ def _fill(
     for mr in record.mrs:
         region = MemoryRegion(_pd(by_handle, mr.pd), context.memory, mr.key, mr.start, mr.length, mr.iova, mr.access)
         region.pd.users += 1
+        enter(mr.handle, region)  # first: what has no handle is not undone
         adapter.keys[mr.key >> KEY_BITS] = region
-        enter(mr.handle, region)
     for mw in record.mws:
         window = MemoryWindow(_pd(by_handle, mw.pd), mw.key, mw.kind)
         window.region = by_handle[mw.mr] if mw.mr is not None else None
@@ -238,8 +238,8 @@ def _fill(
         window.iova, window.end, window.access = mw.iova, mw.end, mw.access
         window.qpn = mw.qpn
         window.pd.users += 1
-        adapter.keys[mw.key >> KEY_BITS] = window
         enter(mw.handle, window)
+        adapter.keys[mw.key >> KEY_BITS] = window
     channels: dict[str, CompletionChannel] = {}
     for item in record.channels:
         fifo = channel.event_fifo(COMP_EVENT.size, item.name)
@@ -274,8 +274,8 @@ def _fill(
         handle = AddressHandle(_pd(by_handle, ah.pd), bytes.fromhex(ah.attributes), ah.number)
         handle.pd.users += 1
         handle.pd.paths[ah.number] = _moved(adapter, Path.from_plain(ah.path), addresses)
-        adapter.ah_numbers.add(ah.number)
         enter(ah.handle, handle)
+        adapter.ah_numbers.add(ah.number)
     for qp in record.qps:
         _restore_qp(adapter, context, qp, rings, enter, addresses)
     context.handles.claim(by_handle)

@@ -201,7 +201,7 @@ def test_a_program_of_another_user(joined: tuple[Host, Host]) -> None:
         ({"command": "dump", "file": "x"}, "argument 'contexts' is missing"),
         ({"command": "dump", "file": 3, "contexts": []}, "argument 'file' is 3, expected str"),
         ({"command": "discard", "contexts": ["9-9"]}, "no context 9-9"),
-        ({"command": "address_add", "ip": "10.0.0"}, "expected an IPv4 address"),
+        ({"command": "address_add", "ip": "10.0.0"}, "expected an IP address"),
         ({"command": "address_remove", "ip": "10.0.0.1"}, "is not an address of this device"),
         ({"command": "capture", "file": "/nonexistent/x.pcap"}, "No such file"),
     ],
@@ -244,7 +244,7 @@ def test_a_nic_that_is_told_to_end_removes_its_files() -> None:
     ("options", "code", "message"),
     [
         (["--interface", "nosuch0"], 3, "cannot start on nosuch0"),
-        (["--interface", "lo", "--address", "10.0.0.300"], 2, "'10.0.0.300' is not an IPv4 address"),
+        (["--interface", "lo", "--address", "10.0.0.300"], 2, "'10.0.0.300' is not an IP address"),
         (["--interface", "lo", "--number-base", "256"], 2, "not a number from 0 to 255"),
         (["--interface", "lo", "--impair", "loss=2"], 2, "must be a probability from 0 to 1"),
         (["--interface", "lo", "--impair", "lose=1"], 2, "unknown name, allowed are loss, duplicate"),
