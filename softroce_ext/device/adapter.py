@@ -41,6 +41,8 @@ from softroce_ext.wire.frame import Path
 PORT_ACTIVE, PORT_ERR, GID_CHANGE = 9, 10, 18
 """enum ib_event_type, the port's."""
 
+SGE_BYTES: Final = 16
+"""struct ib_uverbs_sge."""
 PACKETS_ON_THE_WAY: Final = 1024
 """Of all queue pairs of one NIC together; a port of the userspace Open vSwitch buffers about 1800 of 4 KiB."""
 MIN_WINDOW: Final = 16
@@ -65,6 +67,7 @@ class Adapter:
         self.keys: Keys = {}
         self.queue_pairs: dict[int, QueuePair] = {}
         self.ah_numbers: set[int] = set()
+        self.srq_numbers: set[int] = set()
         self._sending: set[int] = set()
         """QPNs of the queue pairs in RTS or beyond."""
         self.gid_listeners: list[Callable[[int, bytes | None], None]] = []
@@ -147,9 +150,9 @@ class Adapter:
         return region
 
     def deregister(self, context: Context, region: MemoryRegion) -> None:
-        """ibv_dereg_mr. Raises VerbsError(EBUSY) while windows are bound to it."""
+        """ibv_dereg_mr. Raises VerbsError(EINVAL, as rxe) while windows are bound to it."""
         if region.windows:
-            raise VerbsError(errno.EBUSY, "memory windows are bound to the region")
+            raise VerbsError(errno.EINVAL, "memory windows are bound to the region")
         del self.keys[region.key >> KEY_BITS]
         region.pd.users -= 1
         context.remove(region.handle)
@@ -190,14 +193,16 @@ class Adapter:
             raise VerbsError(errno.EOPNOTSUPP, f"QP type {kind}")
         if (
             wanted.max_send_wr > limits.MAX_QP_WR
-            or wanted.max_recv_wr > limits.MAX_QP_WR
+            or (srq is None and wanted.max_recv_wr > limits.MAX_QP_WR)
             or wanted.max_send_sge > limits.MAX_SGE
-            or wanted.max_recv_sge > limits.MAX_SGE
+            or (srq is None and wanted.max_recv_sge > limits.MAX_SGE)
             or wanted.max_inline_data > limits.MAX_INLINE_DATA
         ):
             raise VerbsError(errno.EINVAL, f"capabilities above the device's limits: {wanted}")
         qpn = self._qpns.take(self.queue_pairs)
-        send_ring = context.channel.send_ring(wanted.max_send_wr, wanted.max_send_sge, wanted.max_inline_data)
+        # As rxe: elements and inline data share the end of a slot, and the program may use all of it for either.
+        room = max(SGE_BYTES * wanted.max_send_sge, wanted.max_inline_data)
+        send_ring = context.channel.send_ring(wanted.max_send_wr, room // SGE_BYTES, room)
         send_ring.datagrams = kind == QPT_UD
         try:
             receive_ring = (
@@ -209,7 +214,7 @@ class Adapter:
         capabilities = Capabilities(
             send_ring.capacity,
             receive_ring.capacity if receive_ring is not None else 0,
-            wanted.max_send_sge,
+            room // SGE_BYTES,
             wanted.max_recv_sge if receive_ring is not None else 0,
             send_ring.max_inline,
         )
@@ -290,8 +295,9 @@ class Adapter:
 
     def take_srq_number(self) -> int:
         """A number for a new SRQ."""
-        taken = {srq.number for context in self.contexts.values() for srq in context.of(SharedReceiveQueue)}
-        return self._srqs.take(taken)
+        number = self._srqs.take(self.srq_numbers)
+        self.srq_numbers.add(number)
+        return number
 
     def take_ah_number(self) -> int:
         """A number for a new address handle; above 0, else the provider resolves MACs by itself."""
@@ -317,6 +323,8 @@ class Adapter:
                 self.keys.pop(item.key >> KEY_BITS, None)
             elif item.__class__ in (CompletionQueue, SharedReceiveQueue):
                 item.ring.free()
+                if item.__class__ is SharedReceiveQueue:
+                    self.srq_numbers.discard(item.number)
             elif hasattr(item, "number"):
                 self.ah_numbers.discard(item.number)
         context.objects.clear()

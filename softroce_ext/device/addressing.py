@@ -106,7 +106,7 @@ class Addressing:
         """(source, destination) addresses of an address vector. Raises VerbsError for one that RoCEv2 cannot carry."""
         if not destination.is_global:
             raise VerbsError(errno.EINVAL, "RoCE needs a global route (is_global)")
-        if destination.port_num not in (0, PORT):
+        if destination.port_num != PORT:
             raise VerbsError(errno.EINVAL, f"port {destination.port_num}")
         here, there = self.source(destination.sgid_index), address_of(destination.dgid)
         if len(here) != len(there):

@@ -269,6 +269,7 @@ def _fill(
         )
         srq.pd.users += 1
         srq.async_events = s.async_events
+        adapter.srq_numbers.add(s.number)
         enter(s.handle, srq)
     for ah in record.ahs:
         handle = AddressHandle(_pd(by_handle, ah.pd), bytes.fromhex(ah.attributes), ah.number)

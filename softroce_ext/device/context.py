@@ -60,8 +60,10 @@ class Context:
         return handle
 
     def get(self, handle: int, kind: type[_T]) -> _T:
-        """Return the object with `handle`. Raises VerbsError(EINVAL) when there is none of this kind."""
+        """Return the object with `handle`. Raises VerbsError: ENOENT when there is none, EINVAL for another kind."""
         item = self.objects.get(handle)
+        if item is None:
+            raise VerbsError(errno.ENOENT, f"no object has handle {handle}")
         if item.__class__ is not kind:
             raise VerbsError(errno.EINVAL, f"handle {handle} is no {kind.__name__}")
         return item

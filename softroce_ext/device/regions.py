@@ -175,7 +175,7 @@ class ProtectionDomain:
 def check_access(access: int) -> None:
     """Raise VerbsError for access flags that a registration cannot have (IBA 11.2.8.2)."""
     if access & ~SUPPORTED_ACCESS:
-        raise VerbsError(errno.EOPNOTSUPP, f"access flags {access:#x}")
+        raise VerbsError(errno.EINVAL, f"access flags {access:#x}")
     if access & (Access.REMOTE_WRITE | Access.REMOTE_ATOMIC) and not access & Access.LOCAL_WRITE:
         raise VerbsError(errno.EINVAL, "remote write or atomic access needs local write access")
 

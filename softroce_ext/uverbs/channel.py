@@ -23,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from softroce_ext.device import limits
 from softroce_ext.device.barrier import full_barrier
 from softroce_ext.device.errors import VerbsError
 from softroce_ext.device.shared import RingImage
@@ -218,13 +217,11 @@ class FileChannel:
         self._space.give_back(offset, size)
 
     def send_ring(self, max_wr: int, max_sge: int, max_inline: int) -> rings.SendRing:
-        """A send queue with room for `max_wr` requests; its `max_inline` is what the slots really hold."""
+        """A send queue with room for `max_wr` requests of `max_sge` elements or `max_inline` bytes each."""
         element = rings.element_bytes(rings.SEND_WQE + max(rings.SGE_BYTES * max_sge, max_inline))
         slots = rings.power_of_two(max_wr + 1)
         offset = self._take(rings.ring_bytes(slots, element))
-        # rxe's provider trusts what CREATE_QP returned: everything from the header to the slot's end may be used.
-        room = min(element - rings.SEND_WQE, limits.MAX_INLINE_DATA)
-        return rings.SendRing(self._area, offset, slots, element, self._release, max_sge, room)
+        return rings.SendRing(self._area, offset, slots, element, self._release, max_sge, max_inline)
 
     def receive_ring(self, max_wr: int, max_sge: int, shared: bool) -> rings.ReceiveRing:
         """A receive queue (or an SRQ's) with room for `max_wr` receives."""

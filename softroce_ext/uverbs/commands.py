@@ -7,6 +7,7 @@ an extended command, after both headers. Faults of the program are `VerbsError`s
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -101,6 +102,8 @@ def dealloc_pd(adapter: Adapter, context: Context, body: Body) -> Answer:
 @handles(Command.REG_MR)
 def reg_mr(adapter: Adapter, context: Context, body: Body) -> Answer:
     start, length, iova, pd_handle, access = abi.REG_MR.unpack_from(body)
+    if (start ^ iova) % mmap.PAGESIZE:
+        raise VerbsError(errno.EINVAL, "the range and its I/O address begin at different places of a page")
     region = adapter.register(context, context.get(pd_handle, ProtectionDomain), start, length, iova, access)
     return Answer(abi.U32X3.pack(region.handle, region.key, region.key))
 
@@ -111,6 +114,8 @@ _REREG_TRANS, _REREG_PD, _REREG_ACCESS = 1, 2, 4
 @handles(Command.REREG_MR)
 def rereg_mr(adapter: Adapter, context: Context, body: Body) -> Answer:
     handle, flags, _start, _length, _iova, pd_handle, access = abi.REREG_MR.unpack_from(body)
+    if not flags:
+        raise VerbsError(errno.EINVAL, "nothing to change")
     region = context.get(handle, MemoryRegion)
     if flags & ~(_REREG_PD | _REREG_ACCESS):
         raise VerbsError(errno.EOPNOTSUPP, "rxe changes a region's domain and access only")
@@ -210,7 +215,7 @@ def _channel_of(context: Context, descriptor: int) -> CompletionChannel | None:
         raise VerbsError(errno.EBADF, f"descriptor {descriptor} is not open") from None
     channel = context.comp_channels.get((status.st_dev, status.st_ino))
     if channel is None:
-        raise VerbsError(errno.EINVAL, f"descriptor {descriptor} is no completion channel")
+        raise VerbsError(errno.EBADF, f"descriptor {descriptor} is no completion channel")
     return channel
 
 
@@ -238,8 +243,10 @@ def create_cq(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 @handles(Command.EX_CREATE_CQ)
 def ex_create_cq(adapter: Adapter, context: Context, body: Body) -> Answer:
-    user_handle, cqe, vector, descriptor, comp_mask, flags, _ = abi.EX_CREATE_CQ.unpack_from(body)
-    if comp_mask or flags:
+    user_handle, cqe, vector, descriptor, comp_mask, flags, reserved = abi.EX_CREATE_CQ.unpack_from(body)
+    if comp_mask or reserved:
+        raise VerbsError(errno.EINVAL, f"comp_mask {comp_mask:#x}")
+    if flags:
         raise VerbsError(errno.EOPNOTSUPP, f"CQ flags {flags:#x}")
     cq = _new_cq(context, user_handle, cqe, vector, descriptor)
     core = abi.EX_CREATE_CQ_RESP.pack(cq.handle, cq.ring.capacity, 0, abi.EX_CREATE_CQ_RESP.size)
@@ -292,8 +299,8 @@ def _new_srq(
     adapter: Adapter, context: Context, user_handle: int, pd_handle: int, max_wr: int, max_sge: int, limit: int
 ) -> Answer:
     pd = context.get(pd_handle, ProtectionDomain)
-    if not 0 < max_wr <= limits.MAX_SRQ_WR or max_sge > limits.MAX_SRQ_SGE or limit > max_wr:
-        raise VerbsError(errno.EINVAL, f"SRQ of {max_wr} receives with {max_sge} elements, limit {limit}")
+    if not 0 < max_wr <= limits.MAX_SRQ_WR or max_sge > limits.MAX_SRQ_SGE:
+        raise VerbsError(errno.EINVAL, f"SRQ of {max_wr} receives with {max_sge} elements")
     if context.async_fifo is None:
         raise VerbsError(errno.EINVAL, "no context yet")
     max_sge = max(max_sge, 1)
@@ -302,9 +309,8 @@ def _new_srq(
     srq = SharedReceiveQueue(ring, pd, user_handle, max_sge, limit, number, context.async_fifo)
     pd.users += 1
     context.add(srq)
-    return Answer(
-        abi.U32X4.pack(srq.handle, ring.capacity, max_sge, number) + abi.mminfo(ring) + abi.U32X2.pack(number, 0)
-    )
+    # As for queue pairs: what was asked for here, what fits in ibv_query_srq. srqn is of XRC only; rxe gives its own.
+    return Answer(abi.U32X4.pack(srq.handle, max_wr, max_sge, 0) + abi.mminfo(ring) + abi.U32X2.pack(number, 0))
 
 
 @handles(Command.CREATE_SRQ)
@@ -327,11 +333,16 @@ _SRQ_MAX_WR, _SRQ_LIMIT = 1, 2
 def modify_srq(adapter: Adapter, context: Context, body: Body) -> Answer:
     handle, mask, max_wr, limit, info_address = abi.MODIFY_SRQ.unpack_from(body)
     srq = context.get(handle, SharedReceiveQueue)
+    old = srq.ring
+    if mask & _SRQ_LIMIT and limit > old.capacity:
+        raise VerbsError(errno.EINVAL, f"limit {limit} of an SRQ of {old.capacity}")
     if mask & _SRQ_MAX_WR:
-        old = srq.ring
-        if not max(old.posted(), srq.limit, 1) <= max_wr <= limits.MAX_SRQ_WR:
+        if not max(srq.limit, 1) <= max_wr <= limits.MAX_SRQ_WR:
             raise VerbsError(errno.EINVAL, f"an SRQ of {max_wr} receives")
         ring = context.channel.receive_ring(max_wr, srq.max_sge, shared=True)
+        if old.posted() > ring.capacity:
+            ring.free()
+            raise VerbsError(errno.EINVAL, f"an SRQ of {max_wr} receives does not hold those that are posted")
         old.move_to(ring)
         try:
             # The only pointer of the whole ABI that is not the response: the provider's struct rxe_modify_srq_cmd.
@@ -343,8 +354,6 @@ def modify_srq(adapter: Adapter, context: Context, body: Body) -> Answer:
         srq.ring = ring
         old.free()
     if mask & _SRQ_LIMIT:
-        if limit > srq.ring.capacity:
-            raise VerbsError(errno.EINVAL, f"limit {limit} of an SRQ of {srq.ring.capacity}")
         srq.limit = limit
     return Answer()
 
@@ -362,6 +371,7 @@ def destroy_srq(adapter: Adapter, context: Context, body: Body) -> Answer:
         raise VerbsError(errno.EBUSY, "queue pairs use the SRQ")
     reported = srq.async_events - (context.unread_async(srq.user_handle) if srq.async_events else 0)
     srq.pd.users -= 1
+    adapter.srq_numbers.discard(srq.number)
     context.remove(srq.handle)
     srq.ring.free()
     return Answer(abi.U32.pack(max(reported, 0)))

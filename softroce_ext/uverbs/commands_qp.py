@@ -7,10 +7,11 @@ from typing import Any, Final
 
 from softroce_ext.device import limits
 from softroce_ext.device.adapter import Adapter
+from softroce_ext.device.addressing import PORT
 from softroce_ext.device.completion import CompletionQueue, SharedReceiveQueue
 from softroce_ext.device.context import Context
 from softroce_ext.device.errors import VerbsError
-from softroce_ext.device.queue_pair import Capabilities, Destination, QueuePair
+from softroce_ext.device.queue_pair import QPT_RC, QPT_UC, QPT_UD, Capabilities, Destination, QueuePair
 from softroce_ext.device.regions import ProtectionDomain
 from softroce_ext.transport.verbs import QpState
 from softroce_ext.uverbs import abi
@@ -20,11 +21,19 @@ from softroce_ext.uverbs.commands import HANDLERS, Answer, Body, handles
 __all__ = ["HANDLERS"]
 
 QP_STATE: Final = 1
+QP_CUR_STATE: Final = 1 << 1
+QP_PORT: Final = 1 << 5
 QP_AV: Final = 1 << 7
 QP_PATH_MTU: Final = 1 << 8
 QP_ALT_PATH: Final = 1 << 14
 QP_CAP: Final = 1 << 19
 QP_DEST_QPN: Final = 1 << 20
+QP_STANDARD: Final = (1 << 21) - 1
+
+KNOWN_CREATE_FLAGS: Final = 0xF1E
+"""Flags of enum ib_qp_create_flags that a program may ask for; rxe has none of them."""
+KNOWN_COMP_MASK: Final = 1
+"""The receive indirection table: a kind of object that rxe has not."""
 
 ATTRIBUTES: Final = (
     (1 << 0, "qp_state"),
@@ -48,9 +57,18 @@ ATTRIBUTES: Final = (
 """enum ib_qp_attr_mask → the transport's name, for attributes that are passed on as they are."""
 
 
-def _new_qp(adapter: Adapter, context: Context, fields: tuple[int, ...]) -> QueuePair:
+QPT_RAW_PACKET, QPT_XRC_SEND, QPT_DRIVER = 8, 9, 0xFF
+"""Kinds of queue pairs that the ABI knows and rxe has not; every other kind is EINVAL."""
+
+
+def _new_qp(adapter: Adapter, context: Context, fields: tuple[int, ...]) -> Answer:
+    """Make a queue pair; data: struct ib_uverbs_create_qp_resp, provider: where the rings are."""
     user_handle, pd, send_cq, recv_cq, srq, swr, rwr, ssge, rsge, inline, sig_all, kind, is_srq = fields
-    return adapter.create_queue_pair(
+    if kind in (QPT_RAW_PACKET, QPT_XRC_SEND, QPT_DRIVER):
+        raise VerbsError(errno.EOPNOTSUPP, f"QP type {kind}")
+    if kind not in (QPT_RC, QPT_UC, QPT_UD):
+        raise VerbsError(errno.EINVAL, f"QP type {kind}")
+    qp = adapter.create_queue_pair(
         context,
         user_handle,
         kind,
@@ -61,32 +79,27 @@ def _new_qp(adapter: Adapter, context: Context, fields: tuple[int, ...]) -> Queu
         Capabilities(swr, rwr, ssge, rsge, inline),
         bool(sig_all),
     )
-
-
-def _created(qp: QueuePair) -> bytes:
     c = qp.capabilities
-    return abi.CREATE_QP_RESP.pack(
-        qp.handle, qp.qpn, c.max_send_wr, c.max_recv_wr, c.max_send_sge, c.max_recv_sge, c.max_inline_data, 0
-    )
-
-
-def _rings(qp: QueuePair) -> bytes:
-    return abi.mminfo(qp.receive_ring) + abi.mminfo(qp.send_ring)
+    # rxe answers with the numbers of requests that were asked for; ibv_query_qp tells how many fit.
+    created = abi.CREATE_QP_RESP.pack(qp.handle, qp.qpn, swr, rwr, c.max_send_sge, rsge, c.max_inline_data, 0)
+    return Answer(created, abi.mminfo(qp.receive_ring) + abi.mminfo(qp.send_ring))
 
 
 @handles(Command.CREATE_QP)
 def create_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
-    qp = _new_qp(adapter, context, abi.CREATE_QP.unpack_from(body, 8))
-    return Answer(_created(qp) + _rings(qp))
+    created = _new_qp(adapter, context, abi.CREATE_QP.unpack_from(body, 8))
+    return Answer(created.data + created.provider)
 
 
 @handles(Command.EX_CREATE_QP)
 def ex_create_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
     comp_mask, create_flags = abi.U32X2.unpack_from(body, abi.CREATE_QP.size)
-    if comp_mask or create_flags:
+    if comp_mask or create_flags & ~KNOWN_CREATE_FLAGS:
+        raise VerbsError(errno.EINVAL, f"comp_mask {comp_mask:#x}, QP create flags {create_flags:#x}")
+    if create_flags:
         raise VerbsError(errno.EOPNOTSUPP, f"QP create flags {create_flags:#x}")
-    qp = _new_qp(adapter, context, abi.CREATE_QP.unpack_from(body))
-    return Answer(_created(qp) + abi.U32X2.pack(0, abi.CREATE_QP_RESP.size + abi.U32X2.size), _rings(qp))
+    created = _new_qp(adapter, context, abi.CREATE_QP.unpack_from(body))
+    return created._replace(data=created.data + abi.U32X2.pack(0, abi.CREATE_QP_RESP.size + abi.U32X2.size))
 
 
 @handles(Command.QUERY_QP)
@@ -128,14 +141,32 @@ def query_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
     )
 
 
+def _check_mask(current: int, mask: int, state: int, port: int) -> None:
+    """Raise VerbsError for what the kernel refuses whatever the values are; the rest is in `transport.states`."""
+    if mask & ~QP_STANDARD:
+        raise VerbsError(errno.EOPNOTSUPP, f"attribute mask {mask:#x}")
+    if mask & (QP_CAP | QP_ALT_PATH):
+        raise VerbsError(errno.EINVAL, "RoCE has no alternate paths, and rxe does not resize queue pairs")
+    if mask & QP_PORT and port != PORT:
+        raise VerbsError(errno.EINVAL, f"port {port}")
+    target = state if mask & QP_STATE else current
+    if target == QpState.ERR and current == QpState.RESET:
+        raise VerbsError(errno.EINVAL, "no transition from RESET to ERR")
+    if target in (QpState.RESET, QpState.ERR) and mask & ~QP_STATE:
+        raise VerbsError(errno.EINVAL, f"attributes with a move to state {target}")
+    if mask & QP_CUR_STATE and not (target == QpState.RTS and current >= QpState.RTR):
+        raise VerbsError(errno.EINVAL, "a supposed state goes with moves to RTS only")
+
+
 @handles(Command.MODIFY_QP)
 def modify_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
-    destination, alternate, handle, mask, *values = abi.MODIFY_QP.unpack_from(body)
+    destination, _alternate, handle, mask, *values = abi.MODIFY_QP.unpack_from(body)
     (
         qkey, rq_psn, sq_psn, dest_qpn, access, pkey_index, _alt_pkey, state, cur_state, mtu, mig_state, en_sqd,
         max_rd, max_dest_rd, rnr_timer, port, timeout, retry, rnr_retry, _alt_port, _alt_timeout,
     ) = values  # fmt: skip
     qp = context.get(handle, QueuePair)
+    _check_mask(qp.transport.context.state, mask, state, port)
     given = {
         "qp_state": state,
         "cur_qp_state": cur_state,
@@ -156,8 +187,6 @@ def modify_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
         "destination_qpn": dest_qpn,
     }
     attributes: dict[str, Any] = {name: given[name] for bit, name in ATTRIBUTES if mask & bit}
-    if mask & QP_CAP:
-        raise VerbsError(errno.EOPNOTSUPP, "queue pairs are not resized")
     if mask & QP_PATH_MTU:
         if mtu not in limits.MTU_BYTES or mtu > limits.active_mtu(adapter.interface_mtu):
             raise VerbsError(errno.EINVAL, f"path MTU code {mtu}")
@@ -171,8 +200,6 @@ def modify_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
         qp.destination = qp.alternate = Destination()
     if mask & QP_AV:
         qp.destination = vector
-    if mask & QP_ALT_PATH:
-        qp.alternate = Destination.unpack(alternate)
     return Answer()
 
 

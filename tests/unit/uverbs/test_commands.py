@@ -57,7 +57,7 @@ def test_objects_in_use_are_busy(program: Program) -> None:
     program.call(Command.DESTROY_QP, qp + bytes(4), 4)
     program.call(Command.DESTROY_CQ, cq + bytes(4), 8)
     program.call(Command.DEALLOC_PD, pd)
-    program.call(Command.DEALLOC_PD, pd, error=errno.EINVAL)
+    program.call(Command.DEALLOC_PD, pd, error=errno.ENOENT)
     assert program.context.objects == {}
     assert program.upper.engine.qps == {}
 
@@ -199,3 +199,62 @@ def test_queue_pairs_share_the_window(program: Program) -> None:
         assert engine.window == min(384, 1024 // sending)
     program.upper.adapter.forget(program.context)
     assert engine.window == 384
+
+
+RESET, INIT, RTR, RTS, ERR = 0, 1, 2, 3, 6
+
+
+@pytest.mark.parametrize(
+    ("mask", "state", "number"),
+    [
+        (1, ERR, errno.EINVAL),  # RESET to ERR
+        (1 | 1 << 1, INIT, errno.EINVAL),  # a supposed state on the way to INIT
+        (1 | 1 << 3, RESET, errno.EINVAL),  # an attribute with a move to RESET
+        (1 | 1 << 14, INIT, errno.EINVAL),  # an alternate path
+        (1 | 1 << 19, INIT, errno.EINVAL),  # other capabilities
+        (1 | 1 << 21, INIT, errno.EOPNOTSUPP),  # a bit that the ABI does not have
+    ],
+)
+def test_masks_that_no_transition_takes(program: Program, mask: int, state: int, number: int) -> None:
+    """As Linux rxe refuses them, and nothing has changed."""
+    made = program.objects()
+    program.call(Command.MODIFY_QP, modify(made["qp"], mask, state), error=number)
+    assert program.context.queue_pairs[0].transport.context.state == RESET
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [(0, errno.EINVAL), (1, errno.EINVAL), (8, errno.EOPNOTSUPP), (9, errno.EOPNOTSUPP), (10, errno.EINVAL)],
+)
+def test_kinds_of_queue_pairs_that_rxe_has_not(program: Program, kind: int, number: int) -> None:
+    """Also without a receive queue's CQ, which XRC's senders do not have."""
+    made = program.objects()
+    qp = struct.pack("<QIIIIIIIIIBBBx", 0xD1, made["pd"], made["cq"], 0, 0, 1, 0, 1, 0, 0, 0, kind, 0)
+    program.call(Command.CREATE_QP, qp, 64, error=number)
+
+
+def test_capabilities_are_answered_as_rxe_answers_them(program: Program) -> None:
+    """What was asked for at the creation, with room shared by elements and inline data; what fits in a query."""
+    made = program.objects()
+    asked = struct.pack("<QIIIIIIIIIBBBx", 0xD2, made["pd"], made["cq"], made["cq"], 0, 10, 20, 2, 3, 100, 0, 2, 0)
+    handle, _, *created = struct.unpack_from("<7I", program.call(Command.CREATE_QP, asked, 64))
+    assert created == [10, 20, 6, 3, 100]
+    queried = struct.unpack_from("<5I", program.call(Command.QUERY_QP, struct.pack("<II", handle, 0), 128), 64)
+    assert queried == (15, 31, 6, 3, 100)
+
+
+def test_the_numbers_of_shared_receive_queues(program: Program) -> None:
+    """Two that live have different ones; one that is destroyed gives its number back."""
+    made = program.objects()
+    handles = []
+    for _ in range(2):
+        answer = program.call(Command.CREATE_SRQ, struct.pack("<QIIII", 0xE0, made["pd"], 5, 1, 9), 40)
+        handle, max_wr, max_sge, srqn = struct.unpack_from("<4I", answer)
+        assert (max_wr, max_sge, srqn) == (5, 1, 0)
+        handles.append(handle)
+    numbers = program.upper.adapter.srq_numbers
+    assert len(numbers) == 2
+    program.call(Command.MODIFY_SRQ, struct.pack("<IIIIQ", handles[0], 2, 0, 8, 0), error=errno.EINVAL)
+    for handle in handles:
+        program.call(Command.DESTROY_SRQ, struct.pack("<II", handle, 0), 4)
+    assert numbers == set()
