@@ -13,18 +13,7 @@ from tests.interop.lab import Lab
 
 PROBE = Path(__file__).with_name("probe") / "calls.py"
 STRICTER = "rxe 6.1 takes the value and works with a part of it; ours refuses what the IBA does not allow"
-OPEN = "not mended yet: rxe's errno should be given"
 ALLOWED = {
-    r"create_qp \w+ (send_wr|recv_wr|recv_sge|inline|send_sge) .*": "rxe gives back 16 bytes inline for each SGE, and "
-    "as many SGEs as fit into the inline data asked for; ours gives at least 48 bytes and the SGEs asked for",
-    r"create_qp type 9": OPEN,
-    r"reg_mr access (64|256)": "rxe of 6.1 says EINVAL, newer ones EOPNOTSUPP",
-    r"modify \w+ RESET to ERR": OPEN,
-    r"modify \w+ (RESET|INIT|RTR) to \w+ with ALT_PATH": OPEN,
-    r"modify \w+ (RESET|INIT|RTR) to \w+ with CAP": OPEN,
-    r"modify \w+ RESET to INIT with CUR_STATE": OPEN,
-    r"modify RC to INIT \{'port_num': .*": OPEN,
-    r"create_ah port 0": OPEN,
     r"modify RC to RTR \{'(path_mtu': [05]|dest_qp_num|rq_psn|max_dest_rd_atomic': 129|min_rnr_timer': 32).*": STRICTER,
     r"modify RC to RTS \{'(retry_cnt|rnr_retry|sq_psn).*": STRICTER,
 }

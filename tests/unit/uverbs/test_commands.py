@@ -195,6 +195,7 @@ def test_queue_pairs_share_the_window(program: Program) -> None:
     qp = struct.pack("<QIIIIIIIIIBBBx", 1, made["pd"], made["cq"], made["cq"], 0, 1, 1, 1, 1, 0, 0, 2, 0)
     for sending in range(1, 21):
         (handle,) = struct.unpack_from("<I", program.call(Command.CREATE_QP, qp, 64))
+        program.call(Command.MODIFY_QP, modify(handle, 0x39, 1))
         program.call(Command.MODIFY_QP, modify(handle, 1, 6))
         assert engine.window == min(384, 1024 // sending)
     program.upper.adapter.forget(program.context)
