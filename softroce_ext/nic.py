@@ -95,7 +95,7 @@ class Nic:
         self.engine = Engine(EngineConfig(migros=config.migros, window=MAX_WINDOW))
         self.neighbours = Neighbours(self.port.index)
         self.adapter = Adapter(self.engine, self.port.mac, self.port.mtu, config.number_base, self.neighbours.mac)
-        self.adapter.groups.changed = lambda groups: self.port.set_addresses(self.adapter.addressing.own(), groups)
+        self.adapter.groups.changed = lambda _: self._own_changed()
         for address in config.addresses:
             self.adapter.add_address(address)
         self._own_changed()
@@ -381,24 +381,16 @@ class Nic:
             frames = port.receive()
             self._readable = len(frames) == BATCH  # else epoll says when there are more
             busy = True
-            receive = engine.receive
-            for frame in frames:
-                receive(frame, now)
-            engine.end_of_batch(now)
+            self._take(frames, now)
         if self._readable6:
             frames = port.receive6()
             self._readable6 = len(frames) == BATCH
             busy = True
-            for frame in frames:
-                engine.receive(frame, now)
-            engine.end_of_batch(now)
+            self._take(frames, now)
         if port.loopback:
             busy = True
             inside = port.loopback
-            taken = [inside.popleft() for _ in range(min(len(inside), 64))]
-            for data in taken:
-                engine.receive(memoryview(data), now)
-            engine.end_of_batch(now)
+            self._take([memoryview(inside.popleft()) for _ in range(min(len(inside), 64))], now)
         for context in self._awake:
             if self._ring(context):
                 busy = True
@@ -416,6 +408,13 @@ class Nic:
         if port.impairment is not None:
             port.send_due()
         return busy
+
+    def _take(self, frames: list[memoryview], now: float) -> None:
+        """HOT. Let the engine take one batch of received frames."""
+        receive = self.engine.receive
+        for frame in frames:
+            receive(frame, now)
+        self.engine.end_of_batch(now)
 
     def _sleep(self, now: float) -> None:
         """Wait for the next event; before that, make every program's doorbell ring again."""

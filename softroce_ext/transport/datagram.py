@@ -6,7 +6,7 @@ that finds no receive, or one too short, is dropped in silence.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from softroce_ext.transport import completion, migros
 from softroce_ext.transport.context import SendRecord
@@ -61,13 +61,11 @@ class DatagramQueuePair(QueuePair, qp_type=QpType.UD):
     ack_request: ClassVar[int] = 0
     announces_migros: ClassVar[bool] = False
 
-    _paths: dict[int, tuple[Path, Path]]
-
-    def forget_targets(self) -> None:
-        """As RC's; called first by the constructor."""
-        super().forget_targets()
-        if not hasattr(self, "_paths"):
-            self._paths = {}
+    def __init__(self, *parts: Any) -> None:
+        """As `QueuePair`."""
+        super().__init__(*parts)
+        self._paths: dict[int, tuple[Path, Path]] = {}
+        """By address handle: its path, and the same with this queue pair's UDP source port."""
 
     # --- receiving ---
 

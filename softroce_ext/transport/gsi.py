@@ -51,9 +51,7 @@ class Gsi:
         if path.udp_source_port != _SOURCE_PORT:
             path = path.replace(udp_source_port=_SOURCE_PORT)
         self._waiting.append((path, destination_qpn, bytes(mad)))
-        if not self.ready:
-            self.ready = True
-            self._engine.ready.append(self)
+        self.make_ready()
 
     def receive(self, packet: Packet, now: float) -> None:
         """Take a packet for QP1; never raises for what is in it (what `on_mad` raises passes through)."""
