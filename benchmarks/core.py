@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "simulation"), str(Path(__file__).parents[1])]
 
 # ruff: noqa: E402 — the simulated world lives beside the tests that use it
-from softroce_ext.simulation.world import BASE, End, Host, connect, end
+from softroce_ext.simulation.hosts import BASE, End, Host, connect, end
 from softroce_ext.transport.verbs import WrOpcode
 from softroce_ext.wire.frame import MAX_FRAME, Buffer, build
 from softroce_ext.wire.frame import Path as WirePath

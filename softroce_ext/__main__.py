@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     # A signal must end a sleep in epoll: the handler only sets a flag, the byte in this pipe wakes the loop.
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writing)
-    nic.watch(reading, lambda _: None)
+    nic.descriptors.watch(reading, lambda _: None)
     _priority(options.priority)
     _limits()
     print("ready", flush=True)

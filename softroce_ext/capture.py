@@ -42,7 +42,8 @@ class Capture:
             self._dirty = True
         except OSError:
             self._snaplen = 0
-            os.truncate(self.path, _FILE.size)
+            with contextlib.suppress(OSError):  # somebody has removed the file
+                os.truncate(self.path, _FILE.size)
 
     def flush(self) -> None:
         """Bring everything into the file (called when the NIC is idle)."""

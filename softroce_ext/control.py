@@ -6,7 +6,7 @@ can talk to a NIC without loading one.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
 import selectors
@@ -109,11 +109,28 @@ class ControlServer:
         watch(self._listener.fileno(), self._accept)
 
     def _accept(self, _events: int) -> None:
-        with contextlib.suppress(OSError):
+        if not self._take():
+            # No descriptor is left: ask now and then. The listener stays readable, and would be reported for ever.
+            self._unwatch(self._listener.fileno())
+            self._wait_for(self._listen_again)
+
+    def _listen_again(self, _now: float) -> bool:
+        if self._listener.fileno() >= 0:
+            if not self._take():
+                return False
+            self._watch(self._listener.fileno(), self._accept)
+        return True
+
+    def _take(self) -> bool:
+        """Accept a connection, if there is one; False: it has to wait."""
+        try:
             connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            self._connections[connection.fileno()] = (connection, bytearray())
-            self._watch(connection.fileno(), partial(self._readable, connection.fileno()))
+        except OSError as error:
+            return error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+        connection.setblocking(False)
+        self._connections[connection.fileno()] = (connection, bytearray())
+        self._watch(connection.fileno(), partial(self._readable, connection.fileno()))
+        return True
 
     def _readable(self, fd: int, _events: int) -> None:
         connection, buffer = self._connections[fd]

@@ -18,6 +18,7 @@ from softroce_ext.uverbs.server import inner_pid_of
 from softroce_ext.wire.path import address_text
 
 if TYPE_CHECKING:
+    from softroce_ext.cm.server import CmFile
     from softroce_ext.nic import Nic
 
 Arguments = dict[str, Any]
@@ -39,6 +40,10 @@ def _argument(arguments: Arguments, name: str, kind: type | tuple[type, ...], de
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise CommandError(f"argument {name!r} is {value!r}, expected {names}")
     return value
+
+
+def _both(contexts: list[Context], files: list[CmFile]) -> list[Context | CmFile]:
+    return [*contexts, *files]
 
 
 def _ip(arguments: Arguments, name: str) -> bytes:
@@ -88,6 +93,7 @@ class Management:
             "addresses": [address_text(ip) for ip in nic.adapter.addresses()],
             "migros": nic.config.migros,
             "contexts": [context.summary() for context in nic.adapter.contexts.values()],
+            "rdma_cm": [nic.cm_files.summary(file) for file in nic.cm_files.files.values()],
             "counters": counters,
             "hw_counters": hw_counters.rxe_view(counters),
         }
@@ -166,64 +172,78 @@ class Management:
 
     # -- contexts ----------------------------------------------------------------------------------------------------
 
-    def _contexts(self, arguments: Arguments) -> list[Context]:
+    def _opens(self, arguments: Arguments) -> tuple[list[Context], list[CmFile]]:
+        """What `contexts` names: contexts of verbs, and opens of rdma_cm, which are numbered together."""
         wanted = _argument(arguments, "contexts", list)
-        known = self._nic.adapter.contexts
-        missing = [str(name) for name in wanted if name not in known]
+        contexts, files = self._nic.adapter.contexts, self._nic.cm_files.files
+        missing = [str(name) for name in wanted if name not in contexts and name not in files]
         if missing:
-            raise CommandError(f"no context {', '.join(missing)}", f"there are: {', '.join(known) or 'none'}")
-        return [known[name] for name in wanted]
+            known = ", ".join((*contexts, *files))
+            raise CommandError(f"no context {', '.join(missing)}", f"there are: {known or 'none'}")
+        return [contexts[name] for name in wanted if name in contexts], [
+            files[name] for name in wanted if name in files
+        ]
+
+    def _held(self, arguments: Arguments, otherwise: str) -> tuple[list[Context], list[CmFile]]:
+        """The same, all of them held. Raises StateError with `otherwise`."""
+        contexts, files = self._opens(arguments)
+        for item in _both(contexts, files):
+            if not item.held:
+                raise StateError(f"context {item.id} {otherwise}")
+        return contexts, files
+
+    def _summaries(self, contexts: list[Context], files: list[CmFile]) -> list[dict[str, Any]]:
+        return [*(context.summary() for context in contexts), *map(self._nic.cm_files.summary, files)]
 
     def hold(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
         """The programs `pids` are frozen: take in what they sent, stop their queue pairs, ignore closed descriptors.
 
-        Answers with the contexts found (none is no error: the program does not use the device).
+        Answers with the contexts found, those of verbs and those of rdma_cm (none is no error: the program does not use
+        the device).
         """
         pids = set(_argument(arguments, "pids", list))
         nic = self._nic
         contexts = [context for context in nic.adapter.contexts.values() if context.pid in pids]
-        for file in nic.cm_files.of(pids):
-            raise StateError(f"process {file.pid} uses rdma_cm, and connections of rdma_cm cannot be moved yet")
-        if any(context.held for context in contexts):
+        files = nic.cm_files.of(pids)
+        if any(item.held for item in _both(contexts, files)):
             raise StateError("a context of these processes is held already")
+        if files:
+            nic.serve_waiting()
+            files = nic.cm_files.of(pids)
         for context in contexts:
             nic.hold(context)
-        return {"contexts": [context.summary() for context in contexts], "at": time.monotonic()}
+        for file in files:
+            nic.cm_files.hold(file)
+        return {"contexts": self._summaries(contexts, files), "at": time.monotonic()}
 
     def dump(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
         """Write the image of held contexts to `file`."""
         path = _argument(arguments, "file", str)
-        contexts = self._contexts(arguments)
-        for context in contexts:
-            if not context.held:
-                raise StateError(f"context {context.id} is not held: its program may be running")
-        length = image.write(path, *checkpoint.dump(self._nic.adapter, contexts))
-        return {"bytes": length, "contexts": [context.id for context in contexts]}
+        contexts, files = self._held(arguments, "is not held: its program may be running")
+        records = self._nic.cm_files.dump(files)
+        length = image.write(path, *checkpoint.dump(self._nic.adapter, contexts, records))
+        return {"bytes": length, "contexts": [item.id for item in _both(contexts, files)]}
 
     def unhold(self, arguments: Arguments, respond: Respond) -> dict[str, Any] | None:
         """Roll back: the programs run on here. Partners get RESUME; answers as `resume` does."""
-        contexts = self._contexts(arguments)
-        for context in contexts:
-            if not context.held:
-                raise StateError(f"context {context.id} is not held")
-        return self._resume(contexts, None, arguments, respond)
+        contexts, files = self._held(arguments, "is not held")
+        return self._resume(contexts, files, None, arguments, respond)
 
     def discard(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
         """Forget held contexts without a packet: they live elsewhere now, or were never resumed here."""
-        contexts = self._contexts(arguments)
-        for context in contexts:
-            if not context.held:
-                raise StateError(f"context {context.id} is in use here: hold it first")
+        contexts, files = self._held(arguments, "is in use here: hold it first")
         for context in contexts:
             self._nic.unwatch_context(context)
             self._nic.adapter.forget(context)
+        for file in files:
+            self._nic.cm_files.discard(file)
         return {}
 
     def reserve(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
         """Check that contexts `contexts` with queue pairs `qpns` could be restored here."""
         adapter = self._nic.adapter
         for name in _argument(arguments, "contexts", list, []):
-            if name in adapter.contexts:
+            if name in adapter.contexts or name in self._nic.cm_files.files:
                 raise StateError(f"context {name} exists here already")
         for qpn in _argument(arguments, "qpns", list, []):
             if qpn in adapter.queue_pairs:
@@ -240,13 +260,25 @@ class Management:
             _ip({"addresses": there}, "addresses"): _ip({"addresses": here}, "addresses")
             for there, here in _argument(arguments, "addresses", dict, {}).items()
         }
-        contexts = checkpoint.restore(self._nic.adapter, *image.read(path), self._nic.make_channel, addresses)
-        return {"contexts": [context.summary() for context in contexts]}
+        nic = self._nic
+        found, rings = image.read(path)
+        contexts = checkpoint.restore(nic.adapter, found, rings, nic.make_channel, addresses)
+        try:
+            files = nic.cm_files.restore(found.cm, addresses)
+        except ImageError:
+            for context in contexts:
+                nic.adapter.forget(context)
+            raise
+        return {"contexts": self._summaries(contexts, files)}
 
     def attach(self, arguments: Arguments, _: Respond) -> dict[str, Any]:
         """The programs of restored contexts exist again; `pids`: inner pid → pid here (of `contexts`, or of all)."""
         pids = _argument(arguments, "pids", dict)
-        waiting = self._contexts(arguments) if "contexts" in arguments else list(self._nic.adapter.contexts.values())
+        nic = self._nic
+        waiting: list[Context | CmFile] = [*nic.adapter.contexts.values(), *nic.cm_files.files.values()]
+        if "contexts" in arguments:
+            contexts, files = self._opens(arguments)
+            waiting = [*contexts, *files]
         attached = []
         for context in waiting:
             outer = pids.get(str(context.inner_pid))
@@ -273,17 +305,20 @@ class Management:
         wait (default true): answer when every partner has acknowledged, or fail after `timeout` seconds (default 10;
         the RESUMEs go on then). Answers with `started` and `settled` (times) and when each queue pair's was.
         """
-        contexts = self._contexts(arguments)
+        contexts, files = self._held(arguments, "is not held")
         source = _ip(arguments, "source_ip") if arguments.get("source_ip") is not None else None
-        for context in contexts:
-            if not context.held:
-                raise StateError(f"context {context.id} is not held")
-            if context.pid is None:
-                raise StateError(f"context {context.id} has no process yet: attach first")
-        return self._resume(contexts, source, arguments, respond)
+        for item in _both(contexts, files):
+            if item.pid is None:
+                raise StateError(f"context {item.id} has no process yet: attach first")
+        return self._resume(contexts, files, source, arguments, respond)
 
     def _resume(
-        self, contexts: list[Context], source: bytes | None, arguments: Arguments, respond: Respond
+        self,
+        contexts: list[Context],
+        files: list[CmFile],
+        source: bytes | None,
+        arguments: Arguments,
+        respond: Respond,
     ) -> dict[str, Any] | None:
         wait = _argument(arguments, "wait", bool, True)
         timeout = float(_argument(arguments, "timeout", (int, float), 10.0))
@@ -291,6 +326,8 @@ class Management:
         started = time.monotonic()
         for context in contexts:
             nic.release(context, source)
+        for file in files:
+            nic.cm_files.release(file)
         if not wait:
             return {"started": started}
         deadline = started + timeout
@@ -315,7 +352,7 @@ class Management:
             respond({"ok": True, "started": started, "settled": time.monotonic(), "qps": rows})
             return True
 
-        nic.wait_for(settled)
+        nic.loop.wait_for(settled)
         return None
 
 

@@ -146,7 +146,6 @@ class Port:
         self._filled = self._sent = 0
         self._out_views = self._out.views
         self._out_lengths = self._out.iov_words
-        self._slot_limit = min(SLOT, self.mtu + 14)
 
         self._socket = self._open(_ETH_P_IP, _ROCE_FILTER)
         self._socket6 = self._open(_ETH_P_IPV6, _ROCE_FILTER_IPV6)
@@ -181,18 +180,18 @@ class Port:
         sock.bind((anywhere, ROCE_PORT))
         return sock
 
-    def set_addresses(self, own: set[bytes], groups: set[bytes]) -> None:
-        """The IP addresses of this NIC, and of the multicast groups whose frames it wants."""
-        for change, addresses in (
-            (_PACKET_ADD_MEMBERSHIP, groups - self._groups),
-            (_PACKET_DROP_MEMBERSHIP, self._groups - groups),
-        ):
-            for address in addresses:
-                member = struct.pack("=iHH8s", self.index, _PACKET_MR_MULTICAST, 6, group_mac(address))
-                with contextlib.suppress(OSError):  # the interface may be gone
-                    self._socket.setsockopt(_SOL_PACKET, change, member)
-        self._groups = set(groups)
-        self.own = own | groups
+    def set_addresses(self, own: set[bytes]) -> None:
+        """The IP addresses of this NIC."""
+        self.own = own | self._groups
+
+    def set_group(self, address: bytes, member: bool) -> None:
+        """Whether frames of a multicast group are wanted."""
+        change = _PACKET_ADD_MEMBERSHIP if member else _PACKET_DROP_MEMBERSHIP
+        request = struct.pack("=iHH8s", self.index, _PACKET_MR_MULTICAST, 6, group_mac(address))
+        with contextlib.suppress(OSError):  # the interface may be gone
+            self._socket.setsockopt(_SOL_PACKET, change, request)
+        for addresses in (self._groups, self.own):
+            (addresses.add if member else addresses.discard)(address)
 
     def fileno(self) -> int:
         """For the event loop: IPv4 frames."""

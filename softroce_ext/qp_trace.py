@@ -198,7 +198,7 @@ class QpTrace:
 
     def publish(self) -> None:
         """Engine.publish."""
-        for qp, _, wr_id, status, opcode, byte_len, imm, _, source, _, _ in self._engine.completions:
+        for qp, _, wr_id, status, opcode, byte_len, imm, _, source, *_ in self._engine.completions:
             qpn = qp.context.qpn
             if self._wants(qpn):
                 side = "receive" if opcode >= WcOpcode.RECV else "send"

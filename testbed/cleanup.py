@@ -22,8 +22,11 @@ def clean(run: Run) -> list[str]:
     """
     done: list[str] = []
     failed = False
-    for line in _end_processes(run):
-        done.append(line)
+    ended, left = _end_processes(run)
+    done += ended
+    for pid in left:
+        failed = True
+        done.append(f"process {pid} ({_command(pid)}): NOT ended: it was killed and is still there")
     for kind in KINDS[2:]:
         for entry in reversed(run.entries):
             if entry["kind"] != kind:
@@ -147,10 +150,12 @@ def processes(run: Run) -> dict[int, int]:
     return {pid: start for pid, start in ours.items() if pid not in spared}
 
 
-def _end_processes(run: Run, patience: float = 5.0) -> list[str]:
+def _end_processes(run: Run, patience: float = 20.0) -> tuple[list[str], list[int]]:
     """SIGKILL all of `run`'s processes, again until none is left or `patience` seconds have passed.
 
-    Not SIGTERM first: whoever calls this has no use for an orderly end any more, and a frozen program would not see it.
+    Returns a line for each, and the pids that are still there: a process needs processor time to die, and those with
+    idle priority get little of it on a busy machine. Not SIGTERM first: whoever calls this has no use for an orderly
+    end any more, and a frozen program would not see it.
     """
     done: list[str] = []
     deadline = time.monotonic() + patience
@@ -166,7 +171,7 @@ def _end_processes(run: Run, patience: float = 5.0) -> list[str]:
                     continue
                 done.append(f"process {pid} ({name})")
         time.sleep(0.05)
-    return list(dict.fromkeys(done))
+    return list(dict.fromkeys(done)), list(found)
 
 
 def _command(pid: int) -> str:

@@ -44,16 +44,35 @@ def _parts(report: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Padding(Text("no program has opened the device", style="dim"), (0, 0, 0, 2))
     for context in contexts:
         yield Padding(_context(context), (0, 0, 0, 2))
+    for file in report.get("rdma_cm", ()):
+        if file["ids"]:
+            yield Padding(_rdma_cm(file), (0, 0, 0, 2))
     yield Padding(_counters(report), (0, 0, 1, 2))
 
 
-def _context(context: Mapping[str, Any]) -> RenderableType:
-    who = context["program"] or "(its process has gone)"
-    process = f"pid {context['pid']}" if context["pid"] is not None else "no process yet"
-    objects = ", ".join(f"{context[kind]} {kind[:-1].upper()}" for kind in ("pds", "mrs", "mws", "cqs", "srqs"))
-    head = Text.assemble((who, "bold"), f" · {process} · context {context['id']} · {objects}")
-    if context["held"]:
+def _head(opened: Mapping[str, Any], what: str) -> Text:
+    who = opened["program"] or "(its process has gone)"
+    process = f"pid {opened['pid']}" if opened["pid"] is not None else "no process yet"
+    head = Text.assemble((who, "bold"), f" · {process} · {what}")
+    if opened["held"]:
         head.append(" · held by a checkpoint", style="yellow")
+    return head
+
+
+def _rdma_cm(file: Mapping[str, Any]) -> RenderableType:
+    """The ids of one open of rdma_cm."""
+    table = _table("id", "state", "source", "destination", "connection")
+    for cm_id in file["ids"]:
+        name = str(cm_id["handle"])
+        table.add_row(
+            name, cm_id["state"], cm_id["source"] or "–", cm_id["destination"] or "–", cm_id["connection"] or "–"
+        )
+    return Group(_head(file, f"rdma_cm {file['id']}"), Padding(table, (0, 0, 0, 2)))
+
+
+def _context(context: Mapping[str, Any]) -> RenderableType:
+    objects = ", ".join(f"{context[kind]} {kind[:-1].upper()}" for kind in ("pds", "mrs", "mws", "cqs", "srqs"))
+    head = _head(context, f"context {context['id']} · {objects}")
     if not context["qps"]:
         return head
     table = _table(*_QP_COLUMNS)

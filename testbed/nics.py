@@ -90,7 +90,7 @@ def program(pid: int | None) -> str | None:
 def report(nic: RunningNic) -> dict[str, Any]:
     """What `testbed status` shows of one NIC: its own `status`, the run, the host, and each context's program."""
     answer = nic.call("status")
-    for context in answer["contexts"]:
+    for context in (*answer["contexts"], *answer.get("rdma_cm", ())):
         context["program"] = program(context["pid"])
     counters = answer["counters"]
     answer["refused"] = {

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from testbed import captures, versions
+from testbed import captures, ip6, versions
 from testbed import summary as report
 from testbed.apps import Applications
 from testbed.checkpoint import criu_binary
@@ -201,7 +201,8 @@ class _Run:
                 controller.add_address(app.address, app.host)
 
         def start(host: ResolvedHost) -> None:
-            addresses = [host.ip, *(app.address for app in own if app.host == host.name)]
+            ips = [host.ip, *(app.address for app in own if app.host == host.name)]
+            addresses = [address for ip in ips for address in ip6.both(ip)]
             session.hosts[host.name].call(
                 "start_nic",
                 addresses=addresses,

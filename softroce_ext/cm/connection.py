@@ -17,6 +17,8 @@ RESPONSE_TIMEOUT: Final = 4.096
 PATH_TIMEOUT: Final = 2.048
 """Seconds for there and back: twice a packet's life time of code 18, as Linux 6.1 has it on RoCE."""
 RETRIES: Final = 15
+PATIENCE: Final = 24
+"""Timeout code that an MRA asks for: 69 s."""
 TIMEWAIT: Final = 2.147
 """Seconds before a connection is forgotten: the ACK timeout of code 19."""
 
@@ -59,7 +61,7 @@ class Event(NamedTuple):
 
 RECEIVED: Final[dict[State, dict[Kind, str]]] = {
     State.REQ_SENT: {Kind.REP: "_rep", Kind.REJ: "_rejected", Kind.MRA: "_wait_longer"},
-    State.REQ_RCVD: {Kind.REJ: "_rejected"},
+    State.REQ_RCVD: {Kind.REQ: "_not_yet", Kind.REJ: "_rejected"},
     State.REP_SENT: {
         Kind.REQ: "_say_again",
         Kind.RTU: "_rtu",
@@ -67,7 +69,7 @@ RECEIVED: Final[dict[State, dict[Kind, str]]] = {
         Kind.MRA: "_wait_longer",
         Kind.DREQ: "_dreq",  # the RTU was lost
     },
-    State.REP_RCVD: {Kind.REJ: "_rejected", Kind.DREQ: "_dreq"},
+    State.REP_RCVD: {Kind.REP: "_not_yet", Kind.REJ: "_rejected", Kind.DREQ: "_dreq"},
     State.ESTABLISHED: {Kind.REP: "_say_again", Kind.REJ: "_rejected", Kind.DREQ: "_dreq"},
     State.DREQ_SENT: {Kind.DREP: "_drep", Kind.DREQ: "_dreq", Kind.REJ: "_drep"},
     State.TIMEWAIT: {Kind.DREQ: "_dreq_again"},
@@ -82,6 +84,9 @@ ON_TIMEOUT: Final[dict[State, Happened]] = {
     State.TIMEWAIT: Happened.TIMEWAIT_EXIT,
 }
 """What is told when nobody answered the last repeat (or when the wait is over)."""
+
+SIDR_REJECT: Final = 2
+"""Status of a SIDR_REP: the service's program does not want it (enum ib_cm_sidr_status)."""
 
 DESTROYED: Final[dict[State, Reason]] = {
     State.REQ_SENT: Reason.TIMEOUT,
@@ -106,6 +111,8 @@ class Connection:
         self.remote_psn = 0
         """Where the peer wants our first packet's PSN."""
         self.outbox: list[Message] = []
+        self.repeats: list[Kind] = []
+        """Of what is in `outbox`, the messages that were sent before."""
         self.events: list[Event] = []
         self.deadline: float | None = None
         self.owner: Any = None
@@ -115,8 +122,8 @@ class Connection:
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
-    def _say(self, kind: Kind, private: bytes, fields: dict[str, int]) -> Message:
-        message = Message(kind, self.transaction_id, fields, private)
+    def _say(self, kind: Kind, private: bytes, fields: dict[str, int], modifier: int = 0) -> Message:
+        message = Message(kind, self.transaction_id, fields, private, modifier)
         self._last = message
         self.outbox.append(message)
         return message
@@ -128,12 +135,20 @@ class Connection:
         self._left = RETRIES
         self.deadline = now + self._interval
 
+    def memory(self) -> tuple[Message | None, Message | None, int, float]:
+        """(request, what is repeated, repeats left, seconds between them), for a checkpoint."""
+        return self.request, self._last, self._left, self._interval
+
+    def remember(self, request: Message | None, last: Message | None, left: int, interval: float) -> None:
+        """The opposite of `memory`."""
+        self.request, self._last, self._left, self._interval = request, last, left, interval
+
     # -- what the owner does ---------------------------------------------------------------------------------------
 
-    def connect(self, fields: dict[str, int], private: bytes, now: float) -> None:
+    def connect(self, fields: dict[str, int], private: bytes, now: float, modifier: int = 0) -> None:
         """Send a REQ with these fields."""
         self._expect(State.IDLE)
-        self.request = self._say(Kind.REQ, private, {"local_comm_id": self.local_id, **fields})
+        self.request = self._say(Kind.REQ, private, {"local_comm_id": self.local_id, **fields}, modifier)
         self.state = State.REQ_SENT
         self._repeat(now)
 
@@ -159,10 +174,10 @@ class Connection:
             self.remote_id = message["request_id"]
             self.state = State.SIDR_RCVD
 
-    def reply(self, fields: dict[str, int], private: bytes, now: float) -> None:
+    def reply(self, fields: dict[str, int], private: bytes, now: float, modifier: int = 0) -> None:
         """Accept a REQ with a REP."""
         self._expect(State.REQ_RCVD)
-        self._say(Kind.REP, private, self._ids() | fields)
+        self._say(Kind.REP, private, self._ids() | fields, modifier)
         self.state = State.REP_SENT
         self._repeat(now)
 
@@ -182,8 +197,8 @@ class Connection:
 
     def established(self) -> None:
         """A packet came on the queue pair before the RTU did (rdma_notify)."""
-        if self.state is State.REP_SENT:
-            self._rtu(None, 0.0)
+        self._expect(State.REP_SENT)
+        self._rtu(None, 0.0)
 
     def reject(self, reason: int, private: bytes = b"", info: int = 0) -> None:
         """Reject what came last; raises ValueError where there is nothing to reject."""
@@ -213,7 +228,7 @@ class Connection:
         elif self.state is State.ESTABLISHED:
             self.disconnect(now)
         elif self.state is State.SIDR_RCVD:
-            self.resolved(3, 0, 0, b"")  # rejected by the service provider
+            self.resolved(SIDR_REJECT, 0, 0, b"")
         elif self.state in (State.IDLE, State.SIDR_SENT):
             self._close()
 
@@ -238,7 +253,7 @@ class Connection:
         if self.state is not State.TIMEWAIT and self._left > 0 and self._last is not None:
             self._left -= 1
             self.deadline = now + self._interval
-            self.outbox.append(self._last)
+            self._again(self._last)
             return
         what = ON_TIMEOUT.get(self.state)
         if what is None:
@@ -287,9 +302,18 @@ class Connection:
     def _wait_longer(self, message: Message, now: float) -> None:
         self.deadline = now + self._interval + 4.096e-6 * (1 << message["service_timeout"])
 
+    def _not_yet(self, message: Message, now: float) -> None:
+        """The program takes longer than its peer waits: ask the peer for patience (MRA), as Linux does."""
+        which = {"message_mraed": int(message.kind is Kind.REP), "service_timeout": PATIENCE}
+        self.outbox.append(Message(Kind.MRA, self.transaction_id, self._ids() | which))
+
     def _say_again(self, message: Message, now: float) -> None:
         if self._last is not None and (self.state is not State.ESTABLISHED or self._last.kind is Kind.RTU):
-            self.outbox.append(self._last)
+            self._again(self._last)
+
+    def _again(self, message: Message) -> None:
+        self.outbox.append(message)
+        self.repeats.append(message.kind)
 
     def _dreq(self, message: Message, now: float) -> None:
         self.transaction_id = message.transaction_id

@@ -14,14 +14,19 @@ from typing import Any, Final, NamedTuple
 from softroce_ext.cm.connection import Connection
 from softroce_ext.device.errors import VerbsError
 
-PS_IPOIB, PS_TCP, PS_UDP = 0x0002, 0x0106, 0x0111
+PS_IPOIB, PS_TCP, PS_UDP, PS_IB = 0x0002, 0x0106, 0x0111, 0x013F
 QPT_RC, QPT_UC, QPT_UD = 2, 3, 4
 MAX_BACKLOG: Final = 1024
 MAX_IDS: Final = 65536
+HANDLES_PER_BASE: Final = 1 << 20
+"""Handles of ids and memberships that a NIC of one number base has."""
 EPHEMERAL: Final = (32768, 60999)
 
+AF_IB: Final = 27
 SOCKADDR_BYTES: Final = 28
 """struct sockaddr_in6, which the *_IP commands use for both families."""
+_LOOPBACK6: Final = bytes(15) + b"\1"
+SOCKADDR_SIZES: Final[dict[int, int]] = {socket.AF_INET: 16, socket.AF_INET6: SOCKADDR_BYTES}
 _IN = struct.Struct("<H2s4s")
 _IN6 = struct.Struct("<H2s4x16sI")
 
@@ -59,6 +64,11 @@ class Endpoint(NamedTuple):
         """Whether it is the address "any"."""
         return not any(self.ip)
 
+    @property
+    def unspecific(self) -> bool:
+        """Whether it is of no device: "any", or the host's loopback (which rdma_cm takes for the same)."""
+        return self.wildcard or (self.ip[0] == 127 if len(self.ip) == 4 else self.ip == _LOOPBACK6)
+
     def pack(self) -> bytes:
         """struct sockaddr_in or sockaddr_in6, filled up to 28 bytes."""
         port = self.port.to_bytes(2, "big")
@@ -67,18 +77,24 @@ class Endpoint(NamedTuple):
         return _IN6.pack(socket.AF_INET6, port, self.ip, self.scope)
 
     @classmethod
-    def unpack(cls, data: bytes | memoryview) -> Endpoint | None:
-        """None for the family 0. Raises VerbsError(EAFNOSUPPORT) for any other than IPv4 and IPv6."""
+    def unpack(cls, data: bytes | memoryview, size: int | None = None) -> Endpoint | None:
+        """None for the family 0. size: that the program said; it must be that of the family.
+
+        Raises VerbsError: EAFNOSUPPORT for InfiniBand addresses, EINVAL for other families and sizes.
+        """
         family = int.from_bytes(data[:2], "little")
-        if family == 0:
+        if family == 0 and not size:
             return None
+        if family == AF_IB and size is not None:
+            raise VerbsError(errno.EAFNOSUPPORT, "an InfiniBand address")
+        expected = SOCKADDR_SIZES.get(family)
+        if expected is None or size not in (None, expected):
+            raise VerbsError(errno.EINVAL, f"address of family {family} with {size} bytes")
         if family == socket.AF_INET:
             _, port, ip = _IN.unpack_from(data)
             return cls(ip, int.from_bytes(port, "big"))
-        if family == socket.AF_INET6:
-            _, port, ip, scope = _IN6.unpack_from(data)
-            return cls(ip, int.from_bytes(port, "big"), scope)
-        raise VerbsError(errno.EAFNOSUPPORT, f"address family {family}")
+        _, port, ip, scope = _IN6.unpack_from(data)
+        return cls(ip, int.from_bytes(port, "big"), scope)
 
 
 class IdState(Enum):
@@ -130,6 +146,10 @@ class CmId:
     """Events that the program took; it acknowledges as many before it frees the id."""
     groups: dict[int, Group] = field(default_factory=dict)
 
+    def tell(self, kind: EventType, status: int = 0, param: bytes = b"", ece: tuple[int, int] = (0, 0)) -> None:
+        """Post an event of this id."""
+        self.queue.post(CmEvent(self, kind, status, param, ece=ece))
+
 
 @dataclass(slots=True, eq=False)
 class Group:
@@ -152,6 +172,8 @@ class CmEvent:
     param: bytes = b""
     child: CmId | None = None
     group: Group | None = None
+    ece: tuple[int, int] = (0, 0)
+    """What the other end's program said of enhanced connection establishment."""
 
 
 class EventQueue:
@@ -159,6 +181,8 @@ class EventQueue:
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         self.events: deque[CmEvent] = deque()
+        self.held_at: float | None = None
+        """Since when a checkpoint holds the program: it is frozen, and its ids stand still."""
         self._tell = tell
         self.owner: Any = None
 
@@ -178,9 +202,8 @@ class EventQueue:
         """Take out what counts to an id (and to `group`, when there is one)."""
         gone = [event for event in self.events if event.counted is cm_id and (group is None or event.group is group)]
         if gone:
-            kept = [event for event in self.events if not any(event is other for other in gone)]
-            self.events.clear()
-            self.events.extend(kept)
+            marked = set(gone)
+            self.events = deque(event for event in self.events if event not in marked)
             self._tell(-len(gone))
         return gone
 
@@ -194,23 +217,47 @@ class Ports:
         self._ids: dict[tuple[int, int], list[CmId]] = {}
 
     def bind(self, cm_id: CmId, endpoint: Endpoint) -> Endpoint:
-        """Take the endpoint's port, or a free one for port 0. Raises VerbsError(EADDRINUSE)."""
+        """Take the endpoint's port, or a free one for port 0. Raises VerbsError as `check`."""
         if endpoint.port:
-            for other in self._ids.get((cm_id.port_space, endpoint.port), ()):
-                if self._collide(cm_id, endpoint, other):
-                    raise VerbsError(errno.EADDRINUSE, f"port {endpoint.port}")
+            self.check(cm_id, endpoint, cm_id.reuse)
         else:
             endpoint = endpoint._replace(port=self._free(cm_id.port_space))
         self._ids.setdefault((cm_id.port_space, endpoint.port), []).append(cm_id)
         return endpoint
 
-    def _collide(self, cm_id: CmId, endpoint: Endpoint, other: CmId) -> bool:
-        if other.source is None or (cm_id.reuse and other.reuse and other.state is not IdState.LISTEN):
-            return False
+    def check(self, cm_id: CmId, endpoint: Endpoint, reuse: bool) -> None:
+        """Whether the endpoint's port is free for an id; reuse: others who want to share it are no obstacle.
+
+        Raises VerbsError: EADDRINUSE when another id has the same address, EADDRNOTAVAIL when one of both has any.
+        """
+        for other in self._ids.get((cm_id.port_space, endpoint.port), ()):
+            self._collide(cm_id, endpoint, other, reuse)
+
+    def holds(self, cm_id: CmId) -> bool:
+        """Whether an id has its port itself (a connection that a listener took has none of its own)."""
+        return cm_id.source is not None and cm_id in self._ids.get((cm_id.port_space, cm_id.source.port), ())
+
+    def adopt(self, cm_id: CmId, endpoint: Endpoint) -> None:
+        """Take the port of an id that was bound elsewhere. Only programs that were here can be in its way.
+
+        Raises VerbsError as `check`.
+        """
+        holders = self._ids.setdefault((cm_id.port_space, endpoint.port), [])
+        for other in holders:
+            if other.queue is not cm_id.queue:
+                self._collide(cm_id, endpoint, other, cm_id.reuse)
+        holders.append(cm_id)
+
+    def _collide(self, cm_id: CmId, endpoint: Endpoint, other: CmId, reuse: bool) -> None:
         there = other.source
-        if len(there.ip) != len(endpoint.ip):
-            return there.wildcard and endpoint.wildcard and not (cm_id.family_only or other.family_only)
-        return there.wildcard or endpoint.wildcard or there.ip == endpoint.ip
+        if other is cm_id or there is None or (reuse and other.reuse):
+            return
+        if cm_id.family_only and other.family_only and len(there.ip) != len(endpoint.ip):
+            return
+        if there.unspecific or endpoint.unspecific:
+            raise VerbsError(errno.EADDRNOTAVAIL, f"port {endpoint.port}, which another id has")
+        if there.ip == endpoint.ip:
+            raise VerbsError(errno.EADDRINUSE, f"port {endpoint.port}")
 
     def _free(self, port_space: int) -> int:
         low, high = EPHEMERAL

@@ -41,6 +41,7 @@ class Reason(IntEnum):
     INVALID_SERVICE_ID = 8
     STALE_CONN = 10
     CONSUMER_DEFINED = 28
+    VENDOR_OPTION_NOT_SUPPORTED = 35
 
 
 class Layout(NamedTuple):
@@ -57,6 +58,7 @@ LAYOUTS: Final[dict[Kind, Layout]] = {
         {
             "local_comm_id": (0, 32),
             "service_id": (64, 64),
+            "vendor_id": (40, 24),
             "local_ca_guid": (128, 64),
             "local_qkey": (224, 32),
             "local_qpn": (256, 24),
@@ -101,8 +103,11 @@ LAYOUTS: Final[dict[Kind, Layout]] = {
             **_IDS,
             "local_qkey": (64, 32),
             "local_qpn": (96, 24),
+            "vendor_id_high": (120, 8),
             "local_eecn": (128, 24),
+            "vendor_id_middle": (152, 8),
             "starting_psn": (160, 24),
+            "vendor_id_low": (184, 8),
             "responder_resources": (192, 8),
             "initiator_depth": (200, 8),
             "target_ack_delay": (208, 5),
@@ -144,6 +149,9 @@ class Message:
     transaction_id: int
     fields: dict[str, int]
     private: bytes = b""
+    modifier: int = 0
+    """The MAD's attribute modifier: of a REQ or REP what enhanced connection establishment (ECE) carries beside the
+    vendor's id."""
 
     def __getitem__(self, name: str) -> int:
         return self.fields[name]
@@ -162,15 +170,15 @@ class Message:
             bits |= value << (8 * DATA_BYTES - first - width)
         data = bytearray(bits.to_bytes(DATA_BYTES, "big"))
         data[at : at + len(self.private)] = self.private
-        head = HEADER.pack(BASE_VERSION, CM_CLASS, CM_CLASS_VERSION, SEND, 0, 0, self.transaction_id, self.kind, 0, 0)
-        return head + bytes(data)
+        kind = (BASE_VERSION, CM_CLASS, CM_CLASS_VERSION, SEND)
+        return HEADER.pack(*kind, 0, 0, self.transaction_id, self.kind, 0, self.modifier) + bytes(data)
 
 
 def unpack(mad: bytes | memoryview) -> Message:
     """Read one MAD. Raises MessageError when it is of another length, class, version, method or attribute."""
     if len(mad) != MAD_BYTES:
         raise MessageError(f"{len(mad)} bytes")
-    base, management_class, version, method, _, _, transaction, attribute, _, _ = HEADER.unpack_from(mad)
+    base, management_class, version, method, _, _, transaction, attribute, _, modifier = HEADER.unpack_from(mad)
     if (base, management_class, version, method) != (BASE_VERSION, CM_CLASS, CM_CLASS_VERSION, SEND):
         raise MessageError(f"class {management_class:#x} version {version} method {method}")
     try:
@@ -185,7 +193,7 @@ def unpack(mad: bytes | memoryview) -> Message:
         for name, (first, width) in layout.fields.items()
     }
     at, room = layout.private
-    return Message(kind, transaction, fields, data[at : at + room])
+    return Message(kind, transaction, fields, data[at : at + room], modifier)
 
 
 def service_id(port_space: int, port: int) -> int:

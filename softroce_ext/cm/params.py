@@ -7,6 +7,8 @@ from typing import Final, NamedTuple
 
 from softroce_ext.device.queue_pair import Destination
 
+UDP_QKEY: Final = 0x01234567
+"""RDMA_UDP_QKEY: what datagrams of rdma_cm have when nobody chooses."""
 CONN_PARAM: Final = Struct("<II256s8B")
 """struct rdma_ucm_conn_param."""
 UD_PARAM: Final = Struct("<II32s256sB7x")
@@ -28,6 +30,8 @@ class ConnParam(NamedTuple):
     retry_count: int
     rnr_retry_count: int
     valid: int
+    ece: tuple[int, int] = (0, 0)
+    """Vendor's id and options of enhanced connection establishment, which the commands have elsewhere."""
 
     @classmethod
     def unpack(cls, data: bytes | memoryview, offset: int) -> ConnParam:

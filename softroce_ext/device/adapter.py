@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from softroce_ext.device import limits
@@ -12,6 +12,7 @@ from softroce_ext.device.addressing import PORT, Addressing, Resolver, guid_of
 from softroce_ext.device.completion import CompletionQueue, SharedReceiveQueue
 from softroce_ext.device.context import AddressHandle, Context
 from softroce_ext.device.errors import VerbsError
+from softroce_ext.device.link import Link
 from softroce_ext.device.multicast import Groups
 from softroce_ext.device.numbers import FIRST_QPN, Range
 from softroce_ext.device.queue_pair import (
@@ -56,12 +57,18 @@ class Adapter:
         """mac: 6 bytes; interface_mtu: bytes; number_base: 0..255 (`numbers`)."""
         self.engine = engine
         self.mac = mac
-        self.interface_mtu = interface_mtu
         self.number_base = number_base
         self.guid = guid_of(mac)
         self.addressing = Addressing(mac, resolve)
         self.addressing.changed = self._gid_changed
         self.groups = Groups(engine)
+        self.link = Link(mtu=interface_mtu)
+        """The interface below; changed by `set_link` only."""
+        self.link_listeners: list[Callable[[], None]] = []
+        self.last_turn: Callable[[Sequence[QueuePair]], None] = lambda _leaving: None
+        """Has queue pairs send what they have to, an ACK perhaps, before they are destroyed."""
+        self.measure_speed: Callable[[], int | None] = lambda: None
+        """Asks the interface how fast it is (Mbit/s, None: unknown): nobody tells when that changes."""
         engine.port_mtu = limits.MTU_BYTES[limits.active_mtu(interface_mtu)]
         self.contexts: dict[str, Context] = {}
         self.keys: Keys = {}
@@ -101,6 +108,30 @@ class Adapter:
         for context in self.contexts.values():
             if not context.held:
                 context.post_async(PORT, GID_CHANGE)
+
+    # -- the port ------------------------------------------------------------------------------------------------
+
+    @property
+    def interface_mtu(self) -> int:
+        """Bytes."""
+        return self.link.mtu
+
+    def set_link(self, link: Link) -> None:
+        """The interface has changed: say so in every answer, in the files, and by events."""
+        before, self.link = self.link, link
+        self.engine.port_mtu = limits.MTU_BYTES[limits.active_mtu(link.mtu)]
+        if link != before:
+            for listener in self.link_listeners:
+                listener()
+        if link.active != before.active:
+            self.port_event(link.active)
+
+    def current_link(self) -> Link:
+        """The interface as it is now, its speed too."""
+        speed = self.measure_speed()
+        if speed != self.link.speed:
+            self.set_link(self.link._replace(speed=speed))
+        return self.link
 
     def port_event(self, active: bool) -> None:
         """The link came up or went down: tell every program (IBA 11.6.3.2)."""
@@ -274,6 +305,7 @@ class Adapter:
         """ibv_destroy_qp: no packet, no completion. Raises VerbsError(EBUSY) while it is in a multicast group."""
         if qp.groups:
             raise VerbsError(errno.EBUSY, "the queue pair is in a multicast group")
+        self.last_turn((qp,))
         self.engine.remove_qp(qp.qpn)
         del self.queue_pairs[qp.qpn]
         self._count_sender(qp, there=False)
@@ -290,6 +322,11 @@ class Adapter:
                 qp.context.channel.may_post(qp.handle, True)
             if qp.context.post_async(qp.user_handle, event):
                 qp.async_events += 1
+
+    def owner_gone(self, qpn: int) -> bool:
+        """transport.interfaces.EventSink."""
+        qp = self.queue_pairs.get(qpn)
+        return qp is not None and bool(qp.context.memory.gone())
 
     # -- numbers of the rest -------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from softroce_ext.device.memory import ProcessMemory
 from softroce_ext.device.queue_pair import QPT_RC, QPT_UC, QPT_UD, Capabilities, Destination, QueuePair
 from softroce_ext.device.regions import KEY_BITS, MemoryRegion, MemoryWindow, ProtectionDomain
 from softroce_ext.transport.context import QpContext
+from softroce_ext.transport.migros import address_changed
 from softroce_ext.transport.qp import QueuePair as TransportQueuePair
 from softroce_ext.wire.path import Path
 
@@ -36,11 +37,16 @@ NO_PROCESS = 0
 """The pid of a restored context before it is attached: process_vm_readv answers ESRCH for it."""
 
 
-def dump(adapter: Adapter, contexts: list[Context]) -> tuple[im.Image, im.RingSection]:
-    """Describe contexts completely. Their programs must be frozen and their queue pairs Stopped."""
+def dump(
+    adapter: Adapter, contexts: list[Context], cm: list[dict[str, Any]] | None = None
+) -> tuple[im.Image, im.RingSection]:
+    """Describe contexts completely. Their programs must be frozen and their queue pairs Stopped.
+
+    cm: records of the programs' opens of rdma_cm, which go into the image as they are.
+    """
     rings = im.RingSection()
     records = [_dump_context(context, rings) for context in contexts]
-    return im.Image(version=im.VERSION, number_base=adapter.number_base, contexts=records), rings
+    return im.Image(version=im.VERSION, number_base=adapter.number_base, contexts=records, cm=cm or []), rings
 
 
 def _dump_context(context: Context, rings: im.RingSection) -> im.ContextRecord:
@@ -89,7 +95,6 @@ def _dump_context(context: Context, rings: im.RingSection) -> im.ContextRecord:
                 notify=cq.notify,
                 comp_events=cq.comp_events,
                 async_events=cq.async_events,
-                overflowed=cq.overflowed,
             )
             for cq in context.of(CompletionQueue)
         ],
@@ -136,7 +141,7 @@ def _dump_qp(qp: QueuePair, rings: im.RingSection) -> im.QpRecord:
         send_ring=rings.add(qp.send_ring.dump()),
         receive_ring=rings.add(qp.receive_ring.dump()) if qp.receive_ring is not None else None,
         async_events=qp.async_events,
-        groups=[group.hex() for group in qp.groups],
+        groups={group.hex(): sorted(lids) for group, lids in qp.groups.items()},
         context=qp.transport.context.to_plain(),
     )
 
@@ -254,7 +259,7 @@ def _fill(
         if target is not None:
             target.users += 1
         cq.share(*channel.arm_bytes())
-        cq.notify, cq.overflowed = cq_record.notify, cq_record.overflowed
+        cq.notify = cq_record.notify
         cq.comp_events, cq.async_events = cq_record.comp_events, cq_record.async_events
     for s in record.srqs:
         ring = channel.restore_receive_ring(rings.take(s.ring), s.max_sge, True)
@@ -274,7 +279,7 @@ def _fill(
     for ah in record.ahs:
         handle = AddressHandle(_pd(by_handle, ah.pd), bytes.fromhex(ah.attributes), ah.number)
         handle.pd.users += 1
-        handle.pd.paths[ah.number] = _moved(adapter, Path.from_plain(ah.path), addresses)
+        handle.pd.paths[ah.number] = moved(adapter, Path.from_plain(ah.path), addresses)
         enter(ah.handle, handle)
         adapter.ah_numbers.add(ah.number)
     for qp in record.qps:
@@ -282,7 +287,7 @@ def _fill(
     context.handles.claim(by_handle)
 
 
-def _moved(adapter: Adapter, path: Path, addresses: dict[bytes, bytes]) -> Path:
+def moved(adapter: Adapter, path: Path, addresses: dict[bytes, bytes]) -> Path:
     """From here on the frames leave this host. The address moved along, unless there is another for it."""
     return path.replace(source_mac=adapter.mac, source_ip=addresses.get(path.source_ip, path.source_ip))
 
@@ -331,7 +336,10 @@ def _restore_qp(
     if qp_context.qp_type != record.kind or record.kind not in (QPT_RC, QPT_UC, QPT_UD):
         raise ImageError(f"queue pair {record.handle}: type {record.kind}, in its context {qp_context.qp_type}")
     if qp_context.path is not None:
-        qp_context.path = _moved(adapter, qp_context.path, addresses)
+        before = qp_context.path.source_ip
+        qp_context.path = moved(adapter, qp_context.path, addresses)
+        if qp_context.path.source_ip != before:
+            address_changed(qp_context)
     send_ring = channel.restore_send_ring(
         rings.take(record.send_ring), capabilities.max_send_sge, capabilities.max_inline_data
     )
@@ -361,7 +369,7 @@ def _restore_qp(
     qp.async_events = record.async_events
     enter(record.handle, qp)
     adapter.adopt(qp)
-    for group in record.groups:
-        adapter.groups.enter(qp, bytes.fromhex(group))
+    for group, lids in record.groups.items():
+        adapter.groups.enter(qp, bytes.fromhex(group), set(lids))
     transport.stop()
     channel.may_post(record.handle, qp_context.state >= 3)

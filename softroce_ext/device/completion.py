@@ -48,7 +48,6 @@ class CompletionQueue:
         "channel",
         "comp_events",
         "handle",
-        "overflowed",
         "ring",
         "user_handle",
         "users",
@@ -69,7 +68,6 @@ class CompletionQueue:
         self._arm_at = 0
         self.comp_events = 0
         self.async_events = 0
-        self.overflowed = False
 
     def push(
         self,
@@ -82,14 +80,15 @@ class CompletionQueue:
         src_qp: int,
         wc_flags: int,
         solicited: bool,
-    ) -> None:
-        """HOT. Publish a completion; tell the program when it asked to be told. A full CQ is a CQ_ERR event, once."""
+    ) -> bool:
+        """HOT. Publish a completion; tell the program when it asked to be told. False: the queue was full.
+
+        Each completion that is lost so is a CQ_ERR event.
+        """
         if not self.ring.push(wr_id, status, opcode, byte_len, imm, qp_num, src_qp, wc_flags):
-            if not self.overflowed:
-                self.overflowed = True
-                if self.async_fifo.post(ASYNC_EVENT.pack(self.user_handle, CQ_ERR, 0)):
-                    self.async_events += 1
-            return
+            if self.async_fifo.post(ASYNC_EVENT.pack(self.user_handle, CQ_ERR, 0)):
+                self.async_events += 1
+            return False
         channel = self.channel
         if channel is not None:
             full_barrier()  # the completion must be visible before we see whether an event was asked for
@@ -98,6 +97,7 @@ class CompletionQueue:
                 self._arms[self._arm_at] = ARM_EXISTS
                 if channel.fifo.post(COMP_EVENT.pack(self.user_handle)):
                     self.comp_events += 1
+        return True
 
     def share(self, arms: Any, start: int) -> None:
         """Use the program's byte for this queue: `arms[start + handle]`. The handle must be known."""

@@ -21,6 +21,10 @@ UNAFFILIATED = (9, 10, 11, 12, 13, 17, 18)
 """Events of the port or device; their element is a port number, not a user handle."""
 
 
+SWEEP_AT = 16
+"""Completion channels that a context may have before those that the program closed are looked for."""
+
+
 class AddressHandle:
     """An address handle of UD; `number` is what work requests carry."""
 
@@ -51,6 +55,7 @@ class Context:
         self.awake = False
         """The loop looks at its queues by itself, so the program need not ring."""
         self.pidfd = -1
+        self.sweep_at = SWEEP_AT
 
     def add(self, item: Object) -> int:
         """Give `item` a handle and keep it. Returns the handle."""

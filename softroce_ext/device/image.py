@@ -24,13 +24,15 @@ except ImportError:  # the standard library's does the same, slower
     from zlib import compress
 
 MAGIC: Final = b"MIGROS NIC IMAGE 1\n"
-VERSION: Final = 2
+VERSION: Final = 3
 _LENGTHS = struct.Struct("<QQ")
 _CRC = struct.Struct("<I")
 MAX_IMAGE: Final = 1 << 31
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What every record of an image is: strict, complete, unknown fields refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
@@ -39,7 +41,7 @@ _U64 = Field(ge=0, lt=1 << 64)
 _HANDLE = Field(ge=1, lt=65536)
 
 
-class RingRecord(_Record):
+class RingRecord(Record):
     """device.shared.RingImage; `at` is where its bytes begin in the ring section."""
 
     offset: int = Field(ge=0, multiple_of=4096)
@@ -52,11 +54,11 @@ class RingRecord(_Record):
     at: int = Field(ge=0)
 
 
-class PdRecord(_Record):
+class PdRecord(Record):
     handle: int = _HANDLE
 
 
-class MrRecord(_Record):
+class MrRecord(Record):
     handle: int = _HANDLE
     pd: int = _HANDLE
     key: int = _U32
@@ -66,11 +68,11 @@ class MrRecord(_Record):
     access: int = _U32
 
 
-class MwRecord(_Record):
+class MwRecord(Record):
     handle: int = _HANDLE
     pd: int = _HANDLE
     key: int = _U32
-    kind: int
+    kind: int = Field(ge=1, le=2)
     mr: int | None
     """Handle of the region that it is bound to."""
     iova: int = _U64
@@ -79,7 +81,7 @@ class MwRecord(_Record):
     qpn: int = _U32
 
 
-class AhRecord(_Record):
+class AhRecord(Record):
     handle: int = _HANDLE
     pd: int = _HANDLE
     number: int = _U32
@@ -88,11 +90,11 @@ class AhRecord(_Record):
     """wire.path.Path.to_plain."""
 
 
-class ChannelRecord(_Record):
+class ChannelRecord(Record):
     name: str = Field(pattern=r"^comp-[0-9]+$")
 
 
-class CqRecord(_Record):
+class CqRecord(Record):
     handle: int = _HANDLE
     user_handle: int = _U64
     ring: RingRecord
@@ -100,10 +102,9 @@ class CqRecord(_Record):
     notify: int = Field(ge=0, le=2)
     comp_events: int = Field(ge=0)
     async_events: int = Field(ge=0)
-    overflowed: bool
 
 
-class SrqRecord(_Record):
+class SrqRecord(Record):
     handle: int = _HANDLE
     user_handle: int = _U64
     pd: int = _HANDLE
@@ -114,7 +115,7 @@ class SrqRecord(_Record):
     async_events: int = Field(ge=0)
 
 
-class QpRecord(_Record):
+class QpRecord(Record):
     handle: int = _HANDLE
     user_handle: int = _U64
     kind: int
@@ -128,13 +129,13 @@ class QpRecord(_Record):
     send_ring: RingRecord
     receive_ring: RingRecord | None
     async_events: int = Field(ge=0)
-    groups: list[str]
-    """GIDs of its multicast groups, in hexadecimal."""
+    groups: dict[str, list[int]]
+    """Its multicast groups: GID in hexadecimal, and the LIDs that it joined with."""
     context: dict[str, Any]
     """transport.context.QpContext.to_plain."""
 
 
-class ContextRecord(_Record):
+class ContextRecord(Record):
     id: str = Field(pattern=r"^[0-9]+-[0-9]+$")
     inner_pid: int = Field(ge=1)
     uid: int = Field(ge=0)
@@ -153,13 +154,15 @@ class ContextRecord(_Record):
     qps: list[QpRecord]
 
 
-class Image(_Record):
+class Image(Record):
     """Everything, in the order in which it is restored: PD → MR → MW → channel → CQ → SRQ → AH → QP."""
 
     version: int
     number_base: int = Field(ge=0, le=255)
     """Of the NIC that wrote the image; for people who read it."""
     contexts: list[ContextRecord]
+    cm: list[dict[str, Any]]
+    """Opens of rdma_cm: cm.checkpoint.FileRecord, which checks them."""
 
 
 class RingSection:

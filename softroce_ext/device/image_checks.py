@@ -6,6 +6,7 @@ longer than its place in a packet or a queue, and nothing refers to what is not 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Final
 
 from softroce_ext.device.errors import ImageError
@@ -27,9 +28,14 @@ CONTEXT_LIMITS: Final[dict[str, int]] = {
     "una_psn": PSN_MASK, "send_psn": PSN_MASK, "high_psn": PSN_MASK, "next_psn": PSN_MASK, "cursor": _U16,
     "reads_out": _U16, "noack_packets": _U32, "retry_left": 7, "rnr_left": 7, "expected_psn": PSN_MASK, "msn": PSN_MASK,
     "message": _U8, "write_address": _U64, "write_rkey": _U32, "write_left": _U32, "write_length": _U32,
-    "recv_offset": _U32, "pause_psn": PSN_MASK,
+    "recv_offset": _U32, "pause_psn": PSN_MASK, "qp_type": _U8, "path_mtu": max(MTUS), "completed_sends": _U64,
+    "completed_receives": _U64, "retransmits": _U64,
 }  # fmt: skip
 """The largest value of each number of a context; the smallest is 0."""
+_FLAGS: Final = tuple(item.name for item in fields(QpContext) if item.type == "bool")
+_TIMES: Final = {item.name: item.type != "float" for item in fields(QpContext) if str(item.type).startswith("float")}
+"""Each time of a context, and whether it may be None."""
+_ETERNITY: Final = 1e12
 
 _WQE_LIMITS: Final = {"wr_id": _U64, "opcode": _U32, "flags": _U32, "imm": _U32, "length": _U32,
                       "remote_address": _U64, "rkey": _U32, "compare_add": _U64, "swap": _U64}  # fmt: skip
@@ -77,6 +83,13 @@ def check_context(context: QpContext) -> None:
     """Raise ImageError for a queue pair's context that no queue pair can have had."""
     what = f"queue pair {context.qpn}: context"
     _numbers(context, CONTEXT_LIMITS, what)
+    for name in _FLAGS:
+        if not isinstance(getattr(context, name), bool):
+            raise ImageError(f"{what}: {name} = {getattr(context, name)!r} is not true or false")
+    for name, optional in _TIMES.items():
+        value = getattr(context, name)
+        if not (value is None and optional) and not (isinstance(value, int | float) and abs(value) < _ETERNITY):
+            raise ImageError(f"{what}: {name} = {value!r} is no time")
     if context.path_mtu not in MTUS:
         raise ImageError(f"{what}: path_mtu = {context.path_mtu}")
     connected = context.state >= QpState.RTR and context.qp_type != QpType.UD
@@ -121,6 +134,8 @@ def _positions(context: QpContext, what: str) -> None:
     una, send, high = (psn - begin & PSN_MASK for psn in (context.una_psn, context.send_psn, context.high_psn))
     if not una <= high <= whole or not una <= send <= whole or context.next_psn != end:
         raise ImageError(f"{what}: PSNs {context.una_psn}, {context.send_psn}, {context.high_psn} of no request")
+    if una and una >= context.inflight[0].packets:
+        raise ImageError(f"{what}: PSN {context.una_psn} is behind the oldest request, which is complete then")
     if context.cursor < len(context.inflight):
         record = context.inflight[context.cursor]
         if record.packets and send - (record.first_psn - begin & PSN_MASK) >= record.packets:

@@ -7,7 +7,9 @@ buffer, where the payloads of consecutive packets of one message lie side by sid
 from __future__ import annotations
 
 import ctypes
-import os
+import errno
+import fcntl
+import struct
 from typing import Final
 
 from softroce_ext.transport.interfaces import MemoryFault
@@ -26,6 +28,19 @@ _writev = _libc.process_vm_writev
 for _call in (_readv, _writev):
     _call.restype = ctypes.c_ssize_t
     _call.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+
+
+_PROCMAP_QUERY: Final = 0xC0686611
+_QUERY = struct.Struct("=QQQQQQQQQIIIIQQ")
+"""struct procmap_query: size, query flags, address, begin, end, flags, page size, offset, inode, device, lengths."""
+_QUERY_WRITABLE: Final = 2
+
+
+def _query_writable(maps: int, address: int) -> bool:
+    """Whether the mapping at `address` may be written; maps: descriptor of /proc/<pid>/maps. Raises OSError."""
+    query = bytearray(_QUERY.pack(_QUERY.size, 0, address, *[0] * 12))
+    fcntl.ioctl(maps, _PROCMAP_QUERY, query)
+    return bool(_QUERY.unpack(query)[5] & _QUERY_WRITABLE)
 
 
 class _Iovec(ctypes.Structure):
@@ -153,27 +168,38 @@ class ProcessMemory:
         if length == 0:
             return True
         try:
-            for at in (address, address + length - 1):
+            ends = (address, address + length - 1)
+            for at in ends:
                 self.read(at, 1)
-                # Storing what was read is not harmless while the program runs; ask the mapping instead.
-                if writable and not self._mapped_writable(at):
-                    return False
         except MemoryFault:
             return False
-        return True
+        # Storing what was read is not harmless while the program runs; ask the mapping instead.
+        return not writable or self._mapped_writable(ends)
 
-    def _mapped_writable(self, address: int) -> bool:
+    def _mapped_writable(self, addresses: tuple[int, int]) -> bool:
+        try:
+            with open(f"/proc/{self.pid}/maps", "rb", buffering=0) as maps:
+                return all(_query_writable(maps.fileno(), address) for address in addresses)
+        except OSError as error:
+            return error.errno == errno.ENOTTY and self._listed_writable(addresses)
+
+    def _listed_writable(self, addresses: tuple[int, int]) -> bool:
+        """The same by reading the whole list, on kernels before 6.11: a program can make that long."""
+        found = 0
         try:
             with open(f"/proc/{self.pid}/maps", encoding="ascii", errors="replace") as maps:
                 for line in maps:
                     span, mode = line.split(" ", 2)[:2]
-                    start, _, end = span.partition("-")
-                    if int(start, 16) <= address < int(end, 16):
-                        return mode[1] == "w"
+                    start, end = (int(number, 16) for number in span.split("-"))
+                    if mode[1] == "w":
+                        found += sum(start <= address < end for address in addresses)
+                    if start > max(addresses):
+                        break
         except (OSError, ValueError):
             return False
-        return False
+        return found == len(addresses)
 
-    def exists(self) -> bool:
-        """Whether the process is still there."""
-        return os.path.exists(f"/proc/{self.pid}")
+    def gone(self) -> bool:
+        """Whether the process has ended, or is just ending: it has no address space any more."""
+        _local[0], _local[1], _local[2], _local[3] = _scratch_address, 1, 0, 1
+        return _readv(self.pid, _local_at, 1, _remote_at, 1, 0) < 0 and ctypes.get_errno() == errno.ESRCH

@@ -133,8 +133,8 @@ class QueuePair:
         self.transport = transport
         self.handle = 0
         self.async_events = 0
-        self.groups: list[bytes] = []
-        """GIDs of the multicast groups that it is in."""
+        self.groups: dict[bytes, set[int]] = {}
+        """The multicast groups that it is in: GID, and the LIDs that were named when it joined."""
         self.destination = Destination()
         self.alternate = Destination()
 

@@ -7,6 +7,7 @@ memory, which is why a checkpoint of the program carries them.
 from __future__ import annotations
 
 import errno
+import mmap
 
 from softroce_ext.device.errors import VerbsError
 from softroce_ext.device.memory import ProcessMemory
@@ -93,8 +94,11 @@ class ProtectionDomain:
             raise ProtectionError(f"lkey {lkey:#x}: not {length} bytes at {address:#x} with access {access:#x}")
         return region.memory, address - region.shift
 
-    def remote(self, rkey: int, address: int, length: int, access: int) -> tuple[ProcessMemory, int]:
-        """HOT. As `local`, for a key that the partner sent; also a memory window's. Raises ProtectionError."""
+    def remote(self, rkey: int, address: int, length: int, access: int, qpn: int) -> tuple[ProcessMemory, int]:
+        """HOT. As `local`, for a key that the partner sent to queue pair `qpn`; also a memory window's.
+
+        Raises ProtectionError.
+        """
         region = self.keys.get(rkey >> KEY_BITS)
         if (
             region is None
@@ -108,6 +112,8 @@ class ProtectionDomain:
         if region.__class__ is MemoryWindow:
             if region.region is None:
                 raise ProtectionError(f"window {rkey:#x} is not bound")
+            if region.kind == TYPE_2 and region.qpn != qpn:
+                raise ProtectionError(f"window {rkey:#x} is another queue pair's")
             region = region.region
         return region.memory, address - region.shift  # type: ignore[union-attr]
 
@@ -184,6 +190,8 @@ def check_range(memory: ProcessMemory, start: int, length: int, iova: int, acces
     """Raise VerbsError when a range cannot be registered: it wraps, or is not mapped as the access needs."""
     if start + length > 1 << 64 or iova + length > 1 << 64:
         raise VerbsError(errno.EINVAL, "the range wraps")
+    if not length and not iova % mmap.PAGESIZE:
+        raise VerbsError(errno.EINVAL, "an empty range has no page (one that begins inside a page has that page)")
     writable = bool(access & (Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_ATOMIC))
-    if not memory.accessible(start, length, writable):
+    if not memory.accessible(start, max(length, 1), writable):
         raise VerbsError(errno.EFAULT, f"{length} bytes at {start:#x} are not mapped as access {access:#x} needs")

@@ -1,5 +1,5 @@
 """The few C sources and what compiles them.
 
-Here live the programs that cannot be Python: the preload bridge (`bridge.c`), an application's first process and the
+Here live the programs that cannot be Python: the preload bridge (`bridge/`), an application's first process and the
 CRIU plug-ins. Anybody may import `build`; this package imports nothing of ours.
 """

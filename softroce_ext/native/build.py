@@ -1,8 +1,9 @@
-"""Compile a C source of this folder on demand, once per content.
+"""Compile the C programs and libraries of this folder on demand, once per content.
 
-The output's folder is named after a hash of the source, the flags and the compiler's version, so a changed source is
-compiled anew and an unchanged one is found in microseconds. It lies outside the source tree because a checkpointed
-program maps the library: the path must be the same at every host and stay while the program lives.
+`<name>.c` is one by itself; all `<name>/*.c` together are one. The output's folder is named after a hash of sources,
+headers and the compiler's command line, so what has changed is compiled anew and what has not is found in microseconds.
+It lies outside the source tree because a checkpointed program maps the library: the path must be the same at every
+host and stay while the program lives.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ CACHE = Path("/var/lib/migros-testbed/native")
 COMMON_FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-D_GNU_SOURCE")
 SHARED_FLAGS = ("-shared", "-fPIC", "-fvisibility=hidden")
 
-# What a source becomes: a library to be loaded (LD_PRELOAD or CRIU's -L), or a program. A new source needs a line.
+# What a name becomes: a library to be loaded (LD_PRELOAD or CRIU's -L), or a program. A new library needs a line.
 LIBRARIES = frozenset({"bridge", "criu_hook", "guard"})
 LINK: dict[str, tuple[str, ...]] = {"bridge": ("-ldl", "-lpthread")}
 
@@ -38,23 +39,36 @@ def compiler() -> str:
     raise BuildError("no C compiler found (tried $CC, cc, gcc, clang); install one: apt-get install gcc libc6-dev")
 
 
+def names() -> list[str]:
+    """Return everything that can be compiled."""
+    return sorted({p.stem for p in SOURCES.glob("*.c")} | {p.parent.name for p in SOURCES.glob("*/*.c")})
+
+
+def sources(name: str) -> list[Path]:
+    """Return the C files that `name` is made of. Raises BuildError when there is no such name."""
+    known = names()
+    if name not in known:
+        raise BuildError(f"no C source named {name!r}; there are: {', '.join(known)}")
+    return sorted(SOURCES.joinpath(name).glob("*.c")) or [SOURCES / f"{name}.c"]
+
+
 def command(name: str, output: Path) -> list[str]:
-    """Return the compiler's command line for `<name>.c`, writing to `output`."""
+    """Return the compiler's command line for `name`, writing to `output`. Raises BuildError."""
     kind = SHARED_FLAGS if name in LIBRARIES else ()
-    return [compiler(), *COMMON_FLAGS, *kind, "-o", str(output), str(SOURCES / f"{name}.c"), *LINK.get(name, ())]
+    parts = map(str, sources(name))
+    return [compiler(), *COMMON_FLAGS, *kind, "-o", str(output), *parts, *LINK.get(name, ())]
 
 
 def path(name: str) -> Path:
-    """Return the compiled `<name>.c`, compiling it when this content was never compiled. Raises BuildError."""
-    source = SOURCES / f"{name}.c"
-    try:
-        text = source.read_bytes()
-    except OSError as error:
-        known = ", ".join(sorted(p.stem for p in SOURCES.glob("*.c")))
-        raise BuildError(f"no C source named {name!r} ({error.strerror}); there are: {known}") from None
-    digest = hashlib.sha256(text)
-    for header in sorted(SOURCES.glob("*.h")):
-        digest.update(header.read_bytes())
+    """Return the compiled `name`, compiling it when this content was never compiled. Raises BuildError."""
+    parts = sources(name)
+    digest = hashlib.sha256()
+    for file in (*parts, *sorted(parts[0].parent.glob("*.h"))):
+        try:
+            text = file.read_bytes()
+        except OSError as error:
+            raise BuildError(f"cannot read {file}: {error.strerror}") from None
+        digest.update(f"{file.name} {len(text)} ".encode() + text)
     digest.update("\0".join(command(name, Path(name))).encode())
     output = CACHE / digest.hexdigest()[:16] / (f"{name}.so" if name in LIBRARIES else name)
     if not output.exists():
@@ -74,7 +88,7 @@ def _compile(name: str, output: Path) -> None:
         words = command(name, Path(scratch))
         run = subprocess.run(words, capture_output=True, text=True, check=False)
         if run.returncode:
-            raise BuildError(f"{name}.c does not compile\n  command: {' '.join(words)}\n{run.stderr.strip()}")
+            raise BuildError(f"{name} does not compile\n  command: {' '.join(words)}\n{run.stderr.strip()}")
         os.chmod(scratch, 0o755)
         os.replace(scratch, output)
     finally:

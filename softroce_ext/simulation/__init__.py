@@ -1,6 +1,7 @@
 """The protocol core in a world of virtual time: seeded networks, random schedules, and the invariants they must keep.
 
-`world` has hosts, memory, a link and a clock; `schedule` makes and checks one random schedule from a seed; `python -m
-softroce_ext.simulation` runs many. The code under test is `softroce_ext.transport`, as in the NIC. May import
-`transport` and `wire`; nothing here opens a socket or reads a clock (only the command measures its own speed).
+`hosts` have memory, keys and queues, `link` is a bad network, `world` a clock; `schedule` makes and checks one random
+schedule from a seed; `python -m softroce_ext.simulation` runs many. The code under test is `softroce_ext.transport`, as
+in the NIC. May import `transport` and `wire`; nothing here opens a socket or reads a clock (only the command measures
+its own speed).
 """

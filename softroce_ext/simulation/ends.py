@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from softroce_ext.simulation.world import BASE, End, Host, Region, Wc, end
+from softroce_ext.simulation.hosts import BASE, End, Host, Region, Wc, end
 from softroce_ext.transport.interfaces import Sge
 from softroce_ext.transport.verbs import Access, QpState, QpType, WrOpcode
 

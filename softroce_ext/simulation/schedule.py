@@ -20,7 +20,9 @@ import random
 from dataclasses import dataclass, field
 
 from softroce_ext.simulation.ends import CELL, CELLS, SLOT, SOURCE, Message, Side, new_side
-from softroce_ext.simulation.world import Host, Link, Stuck, World, ip, mac, path_between, to_rts
+from softroce_ext.simulation.hosts import Host, ip, mac, path_between, to_rts
+from softroce_ext.simulation.link import Link
+from softroce_ext.simulation.world import Stuck, World
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.interfaces import RecvWqe, Sge
@@ -211,8 +213,7 @@ class Schedule:
         old.engine.remove_qp(context.qpn)
         path = context.path
         assert path is not None
-        # Who never heard from its partner does not know whether it speaks MigrOS: it can move with its address only.
-        if keep or self.ipv6 or not context.peer_migros:
+        if keep or self.ipv6:
             self.world.location[path.source_ip] = new
             path = path.replace(source_mac=mac(3))
         else:

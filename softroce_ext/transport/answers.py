@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softroce_ext.transport.completion import enter_error
-from softroce_ext.transport.context import Acknowledge, ReadAnswer
+from softroce_ext.transport.context import Acknowledge, QpContext, ReadAnswer
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError
 from softroce_ext.transport.verbs import Access, QpEvent, WcStatus
 from softroce_ext.wire import opcodes as op
@@ -45,11 +45,11 @@ class RequestFault(Exception):
         self.event = event
 
 
-class ReceiveTooShort(RequestFault):
-    """The posted receive does not hold the message: RC's is NAKed (rxe: remote operational), others' is dropped."""
+class InvalidationFault(RequestFault):
+    """A SEND_WITH_INV whose key cannot be taken back: acknowledged, since its data came, and fatal here (as rxe)."""
 
     def __init__(self) -> None:
-        super().__init__(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_QP_OP_ERR, QpEvent.QP_FATAL)
+        super().__init__(ACK_UNLIMITED, WcStatus.REM_INV_REQ_ERR, QpEvent.QP_ACCESS_ERR)
 
 
 def invalid_request() -> RequestFault:
@@ -65,12 +65,16 @@ def remote_operational() -> RequestFault:
 
 
 def flush_ack(qp: QueuePair) -> None:
-    """Queue the batch's pending ACK (one for all of the batch's packets), after whatever is queued already."""
+    """Queue the batch's pending ACK (one for all of the batch's packets), after whatever is queued already.
+
+    It has the PSN of a SEND or WRITE: a plain ACK with that of a READ or atomic, as a duplicate before one could bring
+    about, would be taken for its answer (rxe fails the queue pair).
+    """
     if not qp.ack_pending:
         return
     qp.ack_pending = False
     context = qp.context
-    psn = context.expected_psn - 1 & PSN_MASK
+    psn = _of_data(context, context.expected_psn - 1 & PSN_MASK)
     answers = context.answers
     if answers:
         last = answers[-1]
@@ -81,25 +85,65 @@ def flush_ack(qp: QueuePair) -> None:
     answers.append(Acknowledge(psn, ACK_UNLIMITED, context.msn))
 
 
-def withdraw(qp: QueuePair) -> None:
-    """Take back the answers to this batch's requests: they have not left yet, and will not be true."""
+def _of_data(context: QpContext, psn: int) -> int:
+    """HOT. `psn`, or if it is of the last READs or atomics the PSN before them."""
+    for resource in reversed(context.resources):
+        if (psn - resource.first_psn & PSN_MASK) >= resource.packets:
+            break
+        psn = resource.first_psn - 1 & PSN_MASK
+    return psn
+
+
+def withdraw(qp: QueuePair, psn: int | None = None) -> None:
+    """Take back the answers to requests from `psn` on (None: to this batch's).
+
+    They have not left yet, and will not be true.
+    """
     context = qp.context
     qp.ack_pending = False
+    begin = qp.batch_psn if psn is None else psn
     kept = [
         answer
         for answer in context.answers
-        if ((answer.psn if isinstance(answer, Acknowledge) else answer.resource.first_psn) - qp.batch_psn & PSN_MASK)
+        if ((answer.psn if isinstance(answer, Acknowledge) else answer.resource.first_psn) - begin & PSN_MASK)
         >= PSN_HALF
     ]
     context.answers.clear()
     context.answers.extend(kept)
 
 
+def withhold(qp: QueuePair, psn: int, msn: int) -> None:
+    """The completion of a message of this batch is lost: acknowledge what came before its last packet, not more.
+
+    psn: of that packet; msn: the message's.
+    """
+    withdraw(qp, psn)
+    resources = qp.context.resources
+    while resources and (resources[-1].first_psn - psn & PSN_MASK) < PSN_HALF:
+        resources.pop()
+    before = _of_data(qp.context, psn - 1 & PSN_MASK)
+    if qp.ack_request and (before - qp.batch_psn & PSN_MASK) < PSN_HALF:
+        qp.context.answers.append(Acknowledge(before, ACK_UNLIMITED, msn - 1 & PSN_MASK))
+
+
 def refuse(qp: QueuePair, psn: int, fault: RequestFault) -> None:
-    """Answer by a NAK that ends the connection, and fail this end too (IBA 9.9.3.1: class A, B, C errors)."""
-    qp.counters["send_fatal_nak"] += 1
+    """Answer by a NAK that ends the connection, and fail this end too (IBA 9.9.3.1: class A, B, C errors).
+
+    A process that has ended gives no answer.
+    """
+    if fault.syndrome == NAK_REMOTE_OPERATIONAL and qp.events.owner_gone(qp.context.qpn):
+        # Its memory went with it. Elsewhere pages outlive their process until its queue pairs have gone, and the
+        # partner of a killed program hears nothing more: it must see its retries end, not a fault of its request.
+        qp.context.answers.clear()
+        enter_error(qp, fault.receive_status, None)
+        return
     flush_ack(qp)
-    qp.context.answers.append(Acknowledge(psn, fault.syndrome, qp.context.msn))
+    context = qp.context
+    if fault.syndrome == ACK_UNLIMITED:
+        context.msn = context.msn + 1 & PSN_MASK
+    else:
+        qp.counters["send_fatal_nak"] += 1
+    context.answers.append(Acknowledge(psn, fault.syndrome, context.msn))
     enter_error(qp, fault.receive_status, fault.event)
 
 
@@ -123,7 +167,7 @@ def send_answers(qp: QueuePair, sink: FrameSink, budget: int) -> int:
         elif isinstance(answer, ReadAnswer):
             sent += _send_read_answer(qp, answer, sink, budget - sent)
             if not answers or answers[0] is not answer:
-                continue  # its memory has gone: a NAK took its place
+                continue  # its memory has gone: perhaps a NAK took its place
             if answer.next_packet < answer.resource.packets:
                 break
         else:
@@ -153,9 +197,16 @@ def _send_read_answer(qp: QueuePair, answer: ReadAnswer, sink: FrameSink, limit:
     data = memoryview(b"")
     if length:
         try:
-            memory, address = qp.pd.remote(resource.rkey, resource.remote_address + begin, length, _REMOTE_READ)
+            memory, address = qp.pd.remote(
+                resource.rkey, resource.remote_address + begin, length, _REMOTE_READ, context.qpn
+            )
             data = memoryview(memory.read(address, length))
         except (ProtectionError, MemoryFault) as error:
+            if answer.again:
+                # It had its answer when its key was good. A duplicate that comes later, as on links that change the
+                # order, must not end a connection whose partner has since taken the key back by SEND_WITH_INV.
+                context.answers.popleft()
+                return 0
             fault = remote_access() if isinstance(error, ProtectionError) else remote_operational()
             # Nothing that was asked for after it may be answered.
             context.answers.clear()

@@ -14,7 +14,7 @@ from softroce_ext.transport import migros
 from softroce_ext.transport.completion import fail_oldest, retire_oldest, settle
 from softroce_ext.transport.context import QpContext, SendRecord
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError
-from softroce_ext.transport.retry import arm, go_back, take_retry
+from softroce_ext.transport.retry import answered_twice, arm, calm_down, go_back, take_retry
 from softroce_ext.transport.scatter import resolve, scatter
 from softroce_ext.transport.verbs import READS, Access, WcStatus, WrOpcode
 from softroce_ext.wire.frame import Packet
@@ -66,6 +66,8 @@ def receive_answer(qp: QueuePair, packet: Packet, flags: int, now: float) -> Non
     if ahead >= (context.high_psn - context.una_psn & PSN_MASK):
         # Acknowledged already (harmless) or never sent (a lie); neither completes anything.
         qp.counters["rcvd_unsent_ack" if ahead < PSN_HALF else "rcvd_old_answer"] += 1
+        if ahead >= PSN_HALF and qp.repeated_until >= 0 and (psn - qp.repeated_until & PSN_MASK) >= PSN_HALF:
+            answered_twice(qp, now)
         return
     if flags & _READ:
         _read_response(qp, packet, flags, now)
@@ -129,11 +131,13 @@ def progress(qp: QueuePair, now: float) -> None:
     una = context.una_psn
     if (context.send_psn - una & PSN_MASK) >= PSN_HALF:
         context.send_psn = una  # gone back, and overtaken by late answers
+    if qp.ack_wait != qp.ack_timeout:
+        calm_down(qp)
     if context.send_psn == una:
         context.ack_deadline = None
-    elif qp.ack_timeout is not None:
+    elif qp.ack_wait is not None:
         # The heap's entry is earlier: it will find this one.
-        context.ack_deadline = now + qp.ack_timeout
+        context.ack_deadline = now + qp.ack_wait
     if context.paused:
         migros.answered_while_paused(qp)
     settle(qp, now)
@@ -213,8 +217,8 @@ def _read_response(qp: QueuePair, packet: Packet, flags: int, now: float) -> Non
     elif not (context.retry_started or context.paused or context.send_psn == psn):
         # `progress`, without what cannot be in the middle of an undisturbed READ.
         context.retry_left = context.retry_cnt
-        if qp.ack_timeout is not None:
-            context.ack_deadline = now + qp.ack_timeout
+        if qp.ack_wait is not None:
+            context.ack_deadline = now + qp.ack_wait
         return
     progress(qp, now)
 

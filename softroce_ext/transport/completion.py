@@ -26,12 +26,16 @@ COMPLETION_OPCODE: dict[int, int] = {
     WrOpcode.BIND_MW: int(WcOpcode.BIND_MW),
 }
 _WITH_IMM = frozenset({int(WrOpcode.RDMA_WRITE_WITH_IMM), int(WrOpcode.SEND_WITH_IMM)})
+_BIND_MW = int(WrOpcode.BIND_MW)
 _SENDS = frozenset({int(WrOpcode.SEND), int(WrOpcode.SEND_WITH_IMM), int(WrOpcode.SEND_WITH_INV)})
 _IMM_FLAG = int(WcFlag.WITH_IMM)
+_GRH_FLAG = int(WcFlag.GRH)
 _SIGNALED = int(SendFlag.SIGNALED)
-_SEND, _RECV = int(WcOpcode.SEND), int(WcOpcode.RECV)
+_FAILED = 0
+"""The opcode of a completion with an error: undefined (IBA 11.4.2.1), and 0 in rxe, whatever failed."""
 _FLUSHED = int(WcStatus.WR_FLUSH_ERR)
 _ERR = int(QpState.ERR)
+_SENDING = (int(QpState.RTS), int(QpState.SQD))
 
 FLUSH_LIMIT = 1024
 """Work requests of one queue that one turn flushes."""
@@ -71,8 +75,8 @@ def retire_oldest(qp: QueuePair, now: float) -> None:
         opcode = wqe.opcode
         qp.engine.completions.append(
             (
-                qp, qp.send_cq, wqe.wr_id, 0, COMPLETION_OPCODE[opcode], wqe.length, 0, context.qpn, 0,
-                _IMM_FLAG if opcode in _WITH_IMM else 0, False,
+                qp, qp.send_cq, wqe.wr_id, 0, COMPLETION_OPCODE[opcode], 0 if opcode == _BIND_MW else wqe.length, 0,
+                context.qpn, 0, _IMM_FLAG if opcode in _WITH_IMM else 0, False, 0, 0,
             )
         )  # fmt: skip
 
@@ -85,15 +89,13 @@ def complete_receive(
     imm: int,
     wc_flags: int,
     solicited: bool,
-    source_qpn: int | None = None,
+    source_qpn: int = 0,
 ) -> None:
     """HOT. The receive in use is complete: give its slot back, then (deferred) publish its completion.
 
-    source_qpn: of a datagram; a connection's is the partner's.
+    source_qpn: of a datagram; rxe leaves a connection's 0, and says of every receive that it came with a GRH.
     """
     context = qp.context
-    if source_qpn is None:
-        source_qpn = context.destination_qpn
     receive = context.recv_wqe
     if receive is None:
         return
@@ -106,7 +108,8 @@ def complete_receive(
     _note_completion(qp, now)
     qp.engine.completions.append(
         (
-            qp, qp.recv_cq, receive.wr_id, 0, opcode, byte_len, imm, context.qpn, source_qpn, wc_flags, solicited,
+            qp, qp.recv_cq, receive.wr_id, 0, opcode, byte_len, imm, context.qpn, source_qpn,
+            wc_flags | _GRH_FLAG, solicited, context.expected_psn, context.msn,
         )
     )  # fmt: skip
 
@@ -172,6 +175,15 @@ def flush(qp: QueuePair) -> None:
         qp.more = True
 
 
+def may_send(qp: QueuePair) -> bool:
+    """The beginning of a turn of UC or UD: whether it may send. In ERR what is posted is flushed."""
+    context = qp.context
+    qp.more = False
+    if context.state == _ERR:
+        flush(qp)
+    return not context.stopped and context.state in _SENDING
+
+
 def _flush_send(qp: QueuePair, wr_id: int, opcode: int, status: int) -> None:
     """A request comes back with an error."""
     qp.send_queue.retire()
@@ -179,15 +191,14 @@ def _flush_send(qp: QueuePair, wr_id: int, opcode: int, status: int) -> None:
         qp.counters["rdma_sends"] += 1  # rxe counts what came back, however
     qp.engine.completions.append(
         (
-            qp, qp.send_cq, wr_id, int(status), COMPLETION_OPCODE.get(opcode, _SEND), 0, 0,
-            qp.context.qpn, 0, 0, True,
+            qp, qp.send_cq, wr_id, int(status), _FAILED, 0, 0, qp.context.qpn, 0, 0, True, 0, 0,
         )
     )  # fmt: skip
 
 
 def _flush_receive(qp: QueuePair, wr_id: int, status: int) -> None:
     """A receive comes back with an error."""
-    qp.engine.completions.append((qp, qp.recv_cq, wr_id, int(status), _RECV, 0, 0, qp.context.qpn, 0, 0, True))
+    qp.engine.completions.append((qp, qp.recv_cq, wr_id, int(status), _FAILED, 0, 0, qp.context.qpn, 0, 0, True, 0, 0))
 
 
 def _note_completion(qp: QueuePair, now: float) -> None:

@@ -65,6 +65,8 @@ class ReadAnswer:
 
     resource: ResponderResource
     next_packet: int
+    again: bool = False
+    """It was answered before; this is for a duplicate of its request."""
 
 
 @dataclass(slots=True)
@@ -98,11 +100,11 @@ class QpContext:
     destination_qpn: int = 0
     path: Path | None = None
     """The address vector, resolved. A RESUME from the partner replaces it."""
-    path_mtu: int = 1024
+    path_mtu: int = 256
     """Payload bytes per packet (not the enum)."""
     qp_access_flags: int = 0
     pkey_index: int = 0
-    port_num: int = 1
+    port_num: int = 0
     qkey: int = 0
     rq_psn: int = 0
     sq_psn: int = 0
@@ -277,15 +279,17 @@ def _answer_to_plain(answer: Answer, resources: list[ResponderResource]) -> list
     if isinstance(answer, Acknowledge):
         return ["ack", answer.psn, answer.syndrome, answer.msn, answer.resumed]
     index = next(i for i, resource in enumerate(resources) if resource is answer.resource)
-    return ["read", index, answer.next_packet] if isinstance(answer, ReadAnswer) else ["atomic", index]
+    if isinstance(answer, ReadAnswer):
+        return ["again" if answer.again else "read", index, answer.next_packet]
+    return ["atomic", index]
 
 
 def _answer_from_plain(plain: list[Any], resources: list[ResponderResource]) -> Answer:
     kind, *rest = plain
     if kind == "ack":
         return Acknowledge(*rest)
-    if kind == "read":
-        return ReadAnswer(resources[rest[0]], rest[1])
+    if kind in ("read", "again"):
+        return ReadAnswer(resources[rest[0]], rest[1], kind == "again")
     if kind == "atomic":
         return AtomicAnswer(resources[rest[0]])
     raise ValueError(f"unknown answer {kind!r}")

@@ -34,6 +34,7 @@ from softroce_ext.wire.headers import (
     DETH,
     PAD_SHIFT,
     PKEY_DEFAULT,
+    PKEY_PARTITION,
     PSN_MASK,
     QKEY_PRIVILEGED,
     SOLICITED,
@@ -46,9 +47,8 @@ if TYPE_CHECKING:
 GRH_BYTES = 40
 
 _OPCODES = {int(WrOpcode.SEND): op.UD | op.SEND_ONLY, int(WrOpcode.SEND_WITH_IMM): op.UD | op.SEND_ONLY_IMM}
-_RTS, _SQD, _ERR = int(QpState.RTS), int(QpState.SQD), int(QpState.ERR)
+_RTS = int(QpState.RTS)
 _WITH_IMM = int(WrOpcode.SEND_WITH_IMM)
-_PKEY = PKEY_DEFAULT & 0x7FFF
 _MAX_PATHS = 1024
 
 
@@ -76,7 +76,7 @@ class DatagramQueuePair(QueuePair, qp_type=QpType.UD):
         if packet.opcode & 0xE0 != op.UD or context.state not in migros.CONNECTED:
             counters["refused_state"] += 1
             return
-        if packet.first_word & 0x7FFF != _PKEY:
+        if packet.first_word & 0x7FFF != PKEY_PARTITION:
             counters["refused_pkey"] += 1
             return
         qkey, source = DETH.unpack_from(packet.raw, packet.headers_at)
@@ -106,10 +106,10 @@ class DatagramQueuePair(QueuePair, qp_type=QpType.UD):
         except (ProtectionError, MemoryFault):
             completion.enter_error(self, WcStatus.LOC_QP_OP_ERR, QpEvent.QP_FATAL)
             return
-        imm, flags = 0, int(WcFlag.GRH)
+        imm, flags = 0, 0
         if packet.opcode == op.UD | op.SEND_ONLY_IMM:
             at = packet.headers_at + DETH.size
-            imm, flags = int.from_bytes(packet.raw[at : at + 4], "little"), flags | WcFlag.WITH_IMM
+            imm, flags = int.from_bytes(packet.raw[at : at + 4], "little"), int(WcFlag.WITH_IMM)
         completion.complete_receive(
             self, now, WcOpcode.RECV, GRH_BYTES + len(payload), imm, flags,
             bool(packet.first_word & SOLICITED), source & 0xFFFFFF,
@@ -119,11 +119,8 @@ class DatagramQueuePair(QueuePair, qp_type=QpType.UD):
 
     def transmit(self, now: float, sink: FrameSink, budget: int) -> int:
         """HOT. Send up to `budget` datagrams; returns how many. `more` says whether there would have been more."""
-        self.more = False
         context = self.context
-        if context.state == _ERR:
-            completion.flush(self)
-        if context.stopped or context.state not in (_RTS, _SQD):
+        if not completion.may_send(self):
             return 0
         sent = 0
         while sent < budget:

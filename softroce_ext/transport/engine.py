@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
-from softroce_ext.transport.answers import RequestFault, refuse, withdraw
+from softroce_ext.transport import in_order
+from softroce_ext.transport.answers import RequestFault, refuse, withdraw, withhold
 from softroce_ext.transport.completion import enter_error
 from softroce_ext.transport.datagram import DatagramQueuePair
 from softroce_ext.transport.gsi import Gsi
@@ -15,7 +17,7 @@ from softroce_ext.transport.interfaces import CompletionQueue, Memory, MemoryFau
 from softroce_ext.transport.qp import QueuePair
 from softroce_ext.transport.timers import on_timer
 from softroce_ext.transport.unreliable import UnreliableQueuePair
-from softroce_ext.transport.verbs import QpEvent, WcStatus
+from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus
 from softroce_ext.wire.frame import Buffer, Packet, Path, parse
 from softroce_ext.wire.headers import GSI_QPN, MULTICAST_QPN, NAK_REMOTE_OPERATIONAL
 
@@ -65,6 +67,10 @@ class EngineConfig:
     """Frames that one queue pair may send before the next one gets its turn; also packets per memory read."""
     minimum_ack_timeout: float = 0.008
     """Seconds; shorter local ACK timeouts are raised to it (rxe: its timer's granularity)."""
+    ack_patience: float = 0.5
+    """Seconds. A local ACK timeout that turns out to be shorter than the answers take is doubled, up to four times (IBA
+    9.7.6.1.3 wants it between T and 4 T) but not above this. rxe always waits T: an end that is slow only because its
+    processors are taken gets windows of repetitions then, which make it slower still."""
     pause_limit: float = 60.0
     """Seconds that a partner stays Paused without a RESUME before ordinary retransmission starts again."""
     stale_stop_limit: float = 1.0
@@ -78,8 +84,9 @@ class EngineConfig:
     """Seconds after which an unanswered RESUME makes the queue pair fail (QP_FATAL)."""
 
 
-Completion = tuple[QueuePair, CompletionQueue, int, int, int, int, int, int, int, int, bool]
-"""A completion that waits for the end of the batch: its queue pair, its CQ, and the arguments of `push`."""
+Completion = tuple[QueuePair, CompletionQueue, int, int, int, int, int, int, int, int, bool, int, int]
+"""A completion that waits for the end of the batch: its queue pair, its CQ, the arguments of `push`; of a message that
+came, the PSN of its last packet and its MSN."""
 
 _RECEIVE_OPCODES = 0x80
 _READ_AND_ATOMICS = frozenset({2, 3, 4})
@@ -104,12 +111,18 @@ class Engine:
         """Bytes of the longest datagram: the port's active MTU, which the caller sets."""
         self.gsi = Gsi(self)
         """QP1."""
+        self.peer_moved: Callable[[int, bytes, Path], None] = lambda _qpn, _before, _path: None
+        """Told (remote QPN, its address so far, new path) when a RESUME has come from another place."""
         self.multicast: dict[bytes, list[QueuePair]] = {}
         """UD queue pairs by the GID (16 bytes) of the groups that they are in; the caller keeps it."""
         self.ready: deque[Sender] = deque()
         """Queue pairs that may have something to send, in turn."""
         self.touched: list[QueuePair] = []
         """Queue pairs that received something in this batch."""
+        self.holding: list[QueuePair] = []
+        """Queue pairs of which received packets wait for earlier READs to be answered."""
+        self.held = 0
+        """Those packets."""
         self.written: dict[int, tuple[Memory, dict[QueuePair, bool]]] = {}
         """Memories with unflushed writes, by identity; whose they are, and whether a responder's are among them."""
         self.completions: list[Completion] = []
@@ -134,6 +147,7 @@ class Engine:
         if qp.touched:
             qp.touched = False
             self.touched.remove(qp)
+        in_order.forget(qp)
         self.completions = [entry for entry in self.completions if entry[0] is not qp]
 
     def receive(self, frame: memoryview, now: float) -> None:
@@ -157,7 +171,7 @@ class Engine:
         """A packet for no queue pair of a program: QP1's, a multicast group's, or nobody's."""
         number = packet.destination_qpn
         if number == GSI_QPN:
-            self.gsi.receive(packet, now)
+            self.gsi.receive(packet)
             return
         members: list[QueuePair] = []
         if number == MULTICAST_QPN:
@@ -169,7 +183,7 @@ class Engine:
             qp.receive(packet, now)
 
     def end_of_batch(self, now: float) -> None:
-        """Flush memory, then publish the batch's completions and queue its (coalesced) ACKs."""
+        """Flush memory, publish the batch's completions, queue its (coalesced) ACKs; then QP1's turn has come."""
         if self.written:
             written, self.written = self.written, {}
             for memory, writers in written.values():
@@ -183,10 +197,21 @@ class Engine:
             qp.end_of_batch()
         if self.completions:
             self.publish()
+        if self.gsi.received:
+            self.gsi.end_of_batch(now)
 
     def ring(self, qp: QueuePair) -> None:
         """Doorbell: the application may have posted send work requests (in ERR: posted work of any kind is flushed)."""
         qp.make_ready()
+
+    def flush_failed(self) -> None:
+        """Return what was posted to receive queues after their queue pair went to ERR: nobody rings for a receive.
+
+        Linux rxe leaves it there for ever, and with it a program that waits for it.
+        """
+        for qp in self.qps.values():
+            if qp.context.state == QpState.ERR and not qp.context.stopped:
+                qp.make_ready()
 
     def on_timer(self, now: float) -> None:
         """Let every timer that is due act; completions it causes are published before it returns."""
@@ -208,6 +233,15 @@ class Engine:
 
         Completions of requests that fail on their way out are published before it returns.
         """
+        total = self._turns(now, sink)
+        while self.holding and in_order.release(self, now):
+            total += self._turns(now, sink)
+        if total:
+            self.counters["sent_pkts"] += total
+        return total
+
+    def _turns(self, now: float, sink: FrameSink) -> int:
+        """HOT. The work of `frames_to_send`, except for requests that waited for answers to leave."""
         ready = self.ready
         quantum = self.config.quantum
         room = sink.room
@@ -222,8 +256,6 @@ class Engine:
             if qp.more:
                 qp.make_ready()
                 idle -= not sent
-        if total:
-            self.counters["sent_pkts"] += total
         if self.completions:
             self.publish()
         return total
@@ -234,9 +266,18 @@ class Engine:
 
     def publish(self) -> None:
         """Push the completions that were held back until memory was flushed."""
-        completions, self.completions = self.completions, []
-        for _, cq, wr_id, status, opcode, byte_len, imm, qpn, src_qp, flags, solicited in completions:
-            cq.push(wr_id, status, opcode, byte_len, imm, qpn, src_qp, flags, solicited)
+        while self.completions:
+            completions, self.completions = self.completions, []
+            for qp, cq, wr_id, status, opcode, byte_len, imm, qpn, src_qp, flags, solicited, psn, msn in completions:
+                if (
+                    not cq.push(wr_id, status, opcode, byte_len, imm, qpn, src_qp, flags, solicited)
+                    and opcode >= _RECEIVE_OPCODES
+                    and qp.context.state != QpState.ERR
+                ):
+                    # The message has come and its completion is lost (IBA 11.6.3.4; as rxe): its sender must not be
+                    # told that it came. Lost completions of requests leave their queue pair as it is.
+                    withhold(qp, psn, msn)
+                    enter_error(qp, None, None)
 
     def push_timer(self, when: float, qp: QueuePair) -> None:
         """Have `qp.on_timer` called at `when`."""

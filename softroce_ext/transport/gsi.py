@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Packet, datagram_source_port
-from softroce_ext.wire.headers import ACK_REQ, BTH_DETH, DETH, GSI_QKEY, GSI_QPN, PKEY_DEFAULT, PSN_MASK
+from softroce_ext.wire.headers import ACK_REQ, BTH_DETH, DETH, GSI_QKEY, GSI_QPN, PKEY_DEFAULT, PKEY_PARTITION, PSN_MASK
 from softroce_ext.wire.path import Path
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ MAX_WAITING = 4096
 """MADs that may wait to be sent; their senders repeat them, so more are dropped."""
 
 _FIRST_WORD = (op.UD | op.SEND_ONLY) << 24 | PKEY_DEFAULT
-_PKEY = PKEY_DEFAULT & 0x7FFF
 _SOURCE_PORT = datagram_source_port(GSI_QPN)
 
 OnMad = Callable[[Packet, int, memoryview, float], None]
@@ -35,6 +34,8 @@ class Gsi:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._waiting: deque[tuple[Path, int, bytes]] = deque()
+        self.received: list[tuple[Packet, int]] = []
+        """What came in this batch, with the source QPN."""
         self._psn = 0
         self.ready = False
         self.more = False
@@ -53,12 +54,12 @@ class Gsi:
         self._waiting.append((path, destination_qpn, bytes(mad)))
         self.make_ready()
 
-    def receive(self, packet: Packet, now: float) -> None:
-        """Take a packet for QP1; never raises for what is in it (what `on_mad` raises passes through)."""
+    def receive(self, packet: Packet) -> None:
+        """Take a packet for QP1 until the end of its batch; never raises for what is in it."""
         counters = self._engine.counters
         if packet.opcode != op.UD | op.SEND_ONLY:
             counters["refused_state"] += 1
-        elif packet.first_word & 0x7FFF != _PKEY:
+        elif packet.first_word & 0x7FFF != PKEY_PARTITION:
             counters["refused_pkey"] += 1
         else:
             qkey, source = DETH.unpack_from(packet.raw, packet.headers_at)
@@ -67,7 +68,18 @@ class Gsi:
             elif len(packet.payload) != MAD_BYTES or self.on_mad is None:
                 counters["refused_mad"] += 1
             else:
-                self.on_mad(packet, source & 0xFFFFFF, packet.payload, now)
+                self.received.append((packet, source & 0xFFFFFF))
+
+    def end_of_batch(self, now: float) -> None:
+        """Hand on what came (what `on_mad` raises passes through).
+
+        Only now: the data before a DREQ, with their completions, are there when a program hears that the connection has
+        ended. In Linux a work queue sees to that.
+        """
+        received, self.received = self.received, []
+        for packet, source in received:
+            if self.on_mad is not None:
+                self.on_mad(packet, source, packet.payload, now)
 
     def transmit(self, now: float, sink: FrameSink, budget: int) -> int:
         """Send up to `budget` MADs; returns how many."""

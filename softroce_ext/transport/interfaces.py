@@ -111,7 +111,8 @@ class CompletionQueue(Protocol):
         src_qp: int,
         wc_flags: int,
         solicited: bool,
-    ) -> None: ...
+    ) -> bool:
+        """False when the queue is full and the completion is lost."""
 
 
 class ProtectionDomain(Protocol):
@@ -120,8 +121,8 @@ class ProtectionDomain(Protocol):
     def local(self, lkey: int, address: int, length: int, access: int) -> tuple[Memory, int]:
         """`access` are IB_ACCESS_* bits that the region must have (0 to read). Raises ProtectionError."""
 
-    def remote(self, rkey: int, address: int, length: int, access: int) -> tuple[Memory, int]:
-        """As `local`, for a remote key (a memory region or window). Raises ProtectionError."""
+    def remote(self, rkey: int, address: int, length: int, access: int, qpn: int) -> tuple[Memory, int]:
+        """As `local`, for a remote key (a memory region or window) that came to queue pair `qpn`."""
 
     def address(self, ah_number: int) -> Path:
         """The path to an address handle's destination; its UDP source port is the sender's to choose.
@@ -137,6 +138,9 @@ class ProtectionDomain(Protocol):
 
 
 class EventSink(Protocol):
-    """Asynchronous events of a queue pair (enum ib_event_type: 1 QP_FATAL, 2 QP_REQ_ERR, 3 QP_ACCESS_ERR, …)."""
+    """The owner of a queue pair: its asynchronous events (enum ib_event_type: 1 QP_FATAL, 2 QP_REQ_ERR, …), its end."""
 
     def qp_event(self, qpn: int, event: int) -> None: ...
+
+    def owner_gone(self, qpn: int) -> bool:
+        """Whether the process that the queue pair belongs to has ended: nobody has told the device yet."""

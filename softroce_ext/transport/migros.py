@@ -11,6 +11,8 @@ Differences from the proof of concept, each for a fault of it:
 * The ACK of a RESUME carries `expected PSN - 1`, as any ACK: it acknowledges what was executed, and nothing more. It
   is marked by reserved bit 0x20 of BTH byte 8.
 * RESUME has a timer of its own, with back-off and an end.
+* A partner from which nothing has ever come is not known to speak MigrOS or not to. It is sent RESUME when this end's
+  address changes, for without that it could not find this end anyhow.
 * RESUME is believed only if its PSN lies within what the sender can have on the way. That keeps out old and stray
   packets, not an attacker on the path: RoCE has no authentication.
 * It is always taken, also while one's own is unanswered. A Stopped end answers it by NAK_STOPPED, not by an ACK: that
@@ -27,7 +29,7 @@ from softroce_ext.transport.answers import flush_ack
 from softroce_ext.transport.completion import enter_error
 from softroce_ext.transport.context import Acknowledge, QpContext
 from softroce_ext.transport.retry import arm, go_back
-from softroce_ext.transport.verbs import QpEvent, QpState
+from softroce_ext.transport.verbs import QpEvent, QpState, QpType
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Packet, Path
 from softroce_ext.wire.headers import (
@@ -82,14 +84,24 @@ def unstop(qp: QueuePair) -> None:
     go_back(qp)
 
 
+def address_changed(context: QpContext) -> None:
+    """A queue pair gets another address: `resume` will tell its partner even if nothing has ever come from it."""
+    unheard = context.expected_psn == context.rq_psn and context.una_psn == context.sq_psn
+    if context.qp_type == QpType.RC and context.state in CONNECTED and unheard:
+        context.resume_pending = True
+
+
 def resume(qp: QueuePair, path: Path | None) -> None:
-    """Leave Stopped on `path` and have RESUME sent until it is acknowledged, if the partner understands it."""
+    """Leave Stopped on `path` and have RESUME sent until it is acknowledged, if the partner may understand it."""
     context = qp.context
     if path is not None:
+        if context.path is not None and context.path.source_ip != path.source_ip:
+            address_changed(context)
         context.path = path
     unstop(qp)
-    if context.state in CONNECTED and speaks(qp):
-        context.resume_pending = True
+    asked = speaks(qp) or (context.resume_pending and bool(qp.capability))
+    context.resume_pending = context.state in CONNECTED and asked
+    if context.resume_pending:
         context.resume_deadline = None
         context.resume_wait = qp.config.resume_interval
         context.resume_since = None
@@ -137,10 +149,10 @@ def resume_timer(qp: QueuePair, now: float) -> None:
     if context.resume_since is not None and now - context.resume_since >= qp.config.resume_limit:
         context.resume_pending = False
         context.resume_deadline = None
-        qp.counters["resume_exceeded_err"] += 1
-        enter_error(qp, None, QpEvent.QP_FATAL)
-    else:
-        qp.make_ready()
+        if context.peer_migros:
+            qp.counters["resume_exceeded_err"] += 1
+            enter_error(qp, None, QpEvent.QP_FATAL)
+    qp.make_ready()
 
 
 def resume_answer(qp: QueuePair, packet: Packet, now: float) -> bool:
@@ -176,9 +188,11 @@ def pause(qp: QueuePair, psn: int, now: float) -> None:
     qp.counters["rcvd_nak_stopped"] += 1
     context.paused = True
     context.pause_psn = psn
-    # A NAK_STOPPED just after a RESUME may be an old one that the RESUME has overtaken: pause on it for a moment only.
+    # Pause for a moment only on a NAK_STOPPED just after a RESUME, which may have overtaken it, and when nothing was
+    # ever acknowledged: if the partner has heard of this end after its dump only, its new place tells nobody.
     resumed = context.partner_resumed_at
     doubtful = resumed is not None and 0 <= now - resumed < qp.config.stale_stop_limit
+    doubtful = doubtful or context.una_psn == context.sq_psn
     context.pause_deadline = now + (qp.config.stale_stop_pause if doubtful else qp.config.pause_limit)
     arm(qp, context.pause_deadline)
     context.rnr_deadline = None
@@ -218,6 +232,7 @@ def receive_resume(qp: QueuePair, packet: Packet, now: float) -> None:
     moved = packet.source_ip != path.destination_ip or packet.source_mac != path.destination_mac
     if moved:
         context.path = path.replace(destination_ip=packet.source_ip, destination_mac=packet.source_mac)
+        qp.engine.peer_moved(context.destination_qpn, path.destination_ip, context.path)
     context.partner_resumed_at = now
     context.peer_migros = True
     context.nak_sent = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from softroce_ext.transport import answers, completer, completion, migros, requester, responder, retry, states
+from softroce_ext.transport import answers, completer, completion, in_order, migros, requester, responder, retry, states
 from softroce_ext.transport.context import QpContext, SendRecord
 from softroce_ext.transport.interfaces import (
     CompletionQueue,
@@ -23,7 +23,7 @@ from softroce_ext.transport.states import InvalidTransition
 from softroce_ext.transport.verbs import QpState, QpType
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Packet, Path
-from softroce_ext.wire.headers import ACK_REQ, MIGROS_CAPABLE, PKEY_DEFAULT
+from softroce_ext.wire.headers import ACK_REQ, MIGROS_CAPABLE, PKEY_PARTITION
 from softroce_ext.wire.opcodes import FLAGS, OpFlag
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ _REQUEST = int(OpFlag.REQUEST)
 _RESUME = int(OpFlag.RESUME)
 _RTR, _RTS, _SQD, _ERR = int(QpState.RTR), int(QpState.RTS), int(QpState.SQD), int(QpState.ERR)
 _RTS_SQD = frozenset({_RTS, _SQD})
-_PKEY = PKEY_DEFAULT & 0x7FFF
 """Bit 15 of a P_Key says full or limited member; it does not count in the comparison."""
 
 
@@ -49,7 +48,9 @@ class QueuePair:
     __slots__ = (
         "ack_pending",
         "ack_timeout",
+        "ack_wait",
         "batch_psn",
+        "calm_psn",
         "capability",
         "config",
         "context",
@@ -57,6 +58,7 @@ class QueuePair:
         "engine",
         "events",
         "heap_at",
+        "held",
         "more",
         "pd",
         "read_record",
@@ -65,6 +67,8 @@ class QueuePair:
         "receive_queue",
         "recv_cq",
         "recv_segments",
+        "repeated_at",
+        "repeated_until",
         "send_cq",
         "send_queue",
         "touched",
@@ -124,10 +128,20 @@ class QueuePair:
         self.more = False
         """It could have sent more than its budget."""
         self.ack_pending = False
+        self.held: list[bytes] = []
+        """Frames that wait until earlier READs have been answered (`in_order`)."""
         self.heap_at: float | None = None
         """Its earliest entry in the engine's timer heap."""
         self.ack_timeout: float | None = None
         """Seconds, from the context's timeout code."""
+        self.ack_wait: float | None = None
+        """Seconds until a timeout: `ack_timeout`, or longer when that was too short (retry.answered_twice)."""
+        self.repeated_until = -1
+        """One after the last PSN that a timeout had sent again; -1: none, or it is known what came of them."""
+        self.repeated_at = 0.0
+        """When."""
+        self.calm_psn = 0
+        """Once this is acknowledged, and there was no timeout since, `ack_wait` is shortened again."""
         self.forget_targets()
 
     # --- what the device calls ---
@@ -151,7 +165,7 @@ class QueuePair:
         before = context.state
         for name, value in attributes.items():
             if name not in ("qp_state", "cur_qp_state", "alt_path"):
-                setattr(context, name, value)
+                setattr(context, name, states.rounded(value) if name in states.DEPTHS else value)
         context.state = int(target)
         if target == QpState.RTR and before == QpState.INIT:
             context.expected_psn = context.rq_psn
@@ -168,6 +182,7 @@ class QueuePair:
     def stop(self) -> None:
         """MigrOS Stopped: sends no request, takes no answer; requests get NAK_STOPPED (a stock partner: silence)."""
         migros.stop(self)
+        in_order.forget(self)
 
     def unstop(self) -> None:
         """Leave Stopped without telling the partner; the requester goes back to the first unacknowledged PSN."""
@@ -182,8 +197,8 @@ class QueuePair:
 
     @property
     def resume_settled(self) -> bool:
-        """No RESUME is waiting for an answer, or the partner answered that it is itself stopped."""
-        return not self.context.resume_pending or self.context.paused
+        """No RESUME is waiting for an answer, or the partner is itself stopped, or nobody knows that it can answer."""
+        return not self.context.resume_pending or self.context.paused or not self.context.peer_migros
 
     # --- what the engine calls ---
 
@@ -214,7 +229,7 @@ class QueuePair:
         if packet.opcode >= 0x20 or context.state not in migros.CONNECTED or path is None:
             counters["refused_state"] += 1
             return
-        if packet.first_word & 0x7FFF != _PKEY:
+        if packet.first_word & 0x7FFF != PKEY_PARTITION:
             counters["refused_pkey"] += 1
             return
         if flags & _RESUME:
@@ -231,7 +246,8 @@ class QueuePair:
             self.batch_psn = context.expected_psn
             self.engine.touched.append(self)
         if flags & _REQUEST:
-            responder.receive_request(self, packet, flags, now)
+            if not (context.answers or self.held) or not in_order.waits(self, packet, flags):
+                responder.receive_request(self, packet, flags, now)
         elif context.state in _RTS_SQD or context.resume_pending:
             completer.receive_answer(self, packet, flags, now)
         else:
@@ -295,6 +311,7 @@ class QueuePair:
         """What follows from the attributes."""
         code = self.context.timeout
         self.ack_timeout = max(4.096e-6 * (1 << code), self.config.minimum_ack_timeout) if code else None
+        self.ack_wait = self.ack_timeout
 
     def _reset(self) -> None:
         old = self.context
@@ -302,4 +319,5 @@ class QueuePair:
         for name in QpContext.__slots__:
             setattr(old, name, getattr(fresh, name))
         self.ack_pending = False
+        in_order.forget(self)
         self.forget_targets()

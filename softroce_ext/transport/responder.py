@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from softroce_ext.transport import migros
 from softroce_ext.transport.answers import (
-    ReceiveTooShort,
+    InvalidationFault,
     RequestFault,
     flush_ack,
     invalid_request,
@@ -158,7 +158,7 @@ def _duplicate(qp: QueuePair, packet: Packet, flags: int) -> None:
             # Still being answered: the rest is on its way; only what has left is sent again.
             answer.next_packet = min(answer.next_packet, index)
             return
-    context.answers.append(ReadAnswer(resource, index))
+    context.answers.append(ReadAnswer(resource, index, True))
 
 
 def write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
@@ -191,7 +191,7 @@ def write(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
         if target is None:
             # Once per message and batch: everything that is left of the message.
             try:
-                memory, local = qp.pd.remote(rkey, address, left, _REMOTE_WRITE)
+                memory, local = qp.pd.remote(rkey, address, left, _REMOTE_WRITE, context.qpn)
             except ProtectionError:
                 raise remote_access() from None
             qp.will_write(memory, True)
@@ -240,7 +240,7 @@ def send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
         raise remote_operational()
     offset = context.recv_offset
     if offset + length > receive.length:
-        raise ReceiveTooShort
+        raise remote_operational()  # NAK 0x63, as rxe
     if length:
         segments = qp.recv_segments
         if segments is None:
@@ -274,7 +274,7 @@ def send(qp: QueuePair, packet: Packet, flags: int, now: float) -> int:
         try:
             qp.pd.invalidate(imm, context.qpn)
         except ProtectionError:
-            raise remote_access() from None
+            raise InvalidationFault from None
     context.message = 0
     context.msn = context.msn + 1 & PSN_MASK
     complete_receive(qp, now, _RECV, offset + length, imm, wc_flags, bool(packet.first_word & SOLICITED))
@@ -312,7 +312,7 @@ def _read(qp: QueuePair, packet: Packet) -> int:
         raise invalid_request()
     if length:
         try:
-            qp.pd.remote(rkey, address, length, _REMOTE_READ)
+            qp.pd.remote(rkey, address, length, _REMOTE_READ, context.qpn)
         except ProtectionError:
             raise remote_access() from None
     flush_ack(qp)
@@ -333,7 +333,7 @@ def _atomic(qp: QueuePair, packet: Packet) -> int:
     if address & 7:
         raise invalid_request()
     try:
-        memory, local = qp.pd.remote(rkey, address, 8, _REMOTE_ATOMIC)
+        memory, local = qp.pd.remote(rkey, address, 8, _REMOTE_ATOMIC, context.qpn)
     except ProtectionError:
         raise remote_access() from None
     try:

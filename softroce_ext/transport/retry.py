@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from softroce_ext.wire.headers import PSN_HALF, PSN_MASK
 
 if TYPE_CHECKING:
     from softroce_ext.transport.qp import QueuePair
@@ -33,10 +35,37 @@ def take_retry(qp: QueuePair) -> bool:
     return True
 
 
+CALM: Final = 4096
+"""Packets that must be acknowledged without a timeout until a prolonged one is shortened again."""
+
+
+def answered_twice(qp: QueuePair, now: float) -> None:
+    """What was sent again after a timeout has been answered once more. If that took long, the timeout was too short.
+
+    A quick second answer says nothing: rxe answers each packet that comes twice, so if an ACK was lost, all the packets
+    of its message are answered at once.
+    """
+    qp.repeated_until = -1
+    if qp.ack_wait is None or qp.ack_timeout is None:
+        return
+    if now - qp.repeated_at >= qp.ack_wait / 2:
+        longest = min(4 * qp.ack_timeout, max(qp.ack_timeout, qp.config.ack_patience))
+        qp.ack_wait = min(2 * qp.ack_wait, longest)
+        qp.calm_psn = qp.context.high_psn + CALM & PSN_MASK
+
+
+def calm_down(qp: QueuePair) -> None:
+    """Something was acknowledged while timeouts are prolonged."""
+    una = qp.context.una_psn
+    if (una - qp.calm_psn & PSN_MASK) < PSN_HALF and qp.ack_wait is not None and qp.ack_timeout is not None:
+        qp.ack_wait = max(qp.ack_wait / 2, qp.ack_timeout)
+        qp.calm_psn = una + CALM & PSN_MASK
+
+
 def start_ack_timer(qp: QueuePair, now: float) -> None:
     """Something is unacknowledged from now on."""
-    if qp.ack_timeout is not None:
-        qp.context.ack_deadline = now + qp.ack_timeout
+    if qp.ack_wait is not None:
+        qp.context.ack_deadline = now + qp.ack_wait
         arm(qp, qp.context.ack_deadline)
 
 

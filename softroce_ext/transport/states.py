@@ -30,9 +30,9 @@ _R, _I, _RTR, _RTS, _SQD, _SQE, _ERR = (
 )  # fmt: skip
 
 _ALWAYS: dict[tuple[QpState, QpState], Transition] = {
-    (state, target): _row() for state in QpState for target in (_R, _ERR)
+    (state, target): _row() for state in QpState for target in (_R, _ERR) if (state, target) != (_R, _ERR)
 }
-"""From every state to RESET and to ERR, with no attributes."""
+"""From every state to RESET, and from all but RESET to ERR, with no attributes."""
 
 TRANSITIONS: dict[tuple[QpState, QpState], Transition] = {
     (_R, _I): _row("pkey_index port_num qp_access_flags"),
@@ -109,6 +109,13 @@ _LIMITS: dict[str, int] = {
     "en_sqd_async_notify": 1,
 }
 MTUS = (256, 512, 1024, 2048, 4096)
+DEPTHS = ("max_rd_atomic", "max_dest_rd_atomic")
+"""Numbers of READs and atomics: rxe makes room for the next power of two, and says so when it is asked."""
+
+
+def rounded(depth: int) -> int:
+    """The power of two that is not below `depth`; 0 stays."""
+    return 1 << (depth - 1).bit_length() if depth else 0
 
 
 def check(state: int, attributes: Mapping[str, Any], qp_type: int = QpType.RC) -> QpState:
@@ -126,8 +133,6 @@ def check(state: int, attributes: Mapping[str, Any], qp_type: int = QpType.RC) -
     if row is None:
         raise InvalidTransition(f"no transition from {current.name} to {target.name}")
     given = set(attributes) - {"qp_state", "cur_qp_state"}
-    if target in (_R, _ERR):
-        return target  # attributes are ignored, as the kernel does
     missing, extra = row.required - given, given - row.required - row.optional
     if missing or extra:
         what = "needs " + ", ".join(sorted(missing)) if missing else "does not take " + ", ".join(sorted(extra))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from softroce_ext.transport import migros
 from softroce_ext.transport.completion import fail_oldest
-from softroce_ext.transport.retry import arm, go_back, take_retry
+from softroce_ext.transport.retry import CALM, arm, go_back, take_retry
 from softroce_ext.transport.verbs import QpState, WcStatus
+from softroce_ext.wire.headers import PSN_MASK
 
 if TYPE_CHECKING:
     from softroce_ext.transport.qp import QueuePair
@@ -33,7 +34,7 @@ def on_timer(qp: QueuePair, now: float) -> None:
                 context.rnr_deadline = None
                 qp.make_ready()
         elif context.ack_deadline is not None and context.ack_deadline <= now:
-            _ack_timer(qp)
+            _ack_timer(qp, now)
     if context.stopped or context.state == QpState.ERR:
         return
     deadlines = [
@@ -50,7 +51,7 @@ def on_timer(qp: QueuePair, now: float) -> None:
         arm(qp, min(deadlines))
 
 
-def _ack_timer(qp: QueuePair) -> None:
+def _ack_timer(qp: QueuePair, now: float) -> None:
     """Nothing was acknowledged in time."""
     context = qp.context
     context.ack_deadline = None
@@ -61,4 +62,6 @@ def _ack_timer(qp: QueuePair) -> None:
         fail_oldest(qp, WcStatus.RETRY_EXC_ERR)
         return
     context.retry_started = False
+    qp.repeated_until, qp.repeated_at = context.high_psn, now
+    qp.calm_psn = context.high_psn + CALM & PSN_MASK
     go_back(qp)

@@ -10,21 +10,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from softroce_ext.transport import completion, migros, requester, responder
-from softroce_ext.transport.answers import ReceiveTooShort, RequestFault
+from softroce_ext.transport.answers import RequestFault
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError
 from softroce_ext.transport.qp import QueuePair
 from softroce_ext.transport.verbs import QpState, QpType, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Packet
-from softroce_ext.wire.headers import NAK_REMOTE_OPERATIONAL, PKEY_DEFAULT, PSN_MASK
+from softroce_ext.wire.headers import NAK_REMOTE_OPERATIONAL, PKEY_PARTITION, PSN_MASK
 from softroce_ext.wire.opcodes import FLAGS, OpFlag
 
 if TYPE_CHECKING:
     from softroce_ext.transport.engine import FrameSink
 
-_RTS, _SQD, _ERR = int(QpState.RTS), int(QpState.SQD), int(QpState.ERR)
+_RTS = int(QpState.RTS)
 _START, _WRITE = int(OpFlag.START), int(OpFlag.WRITE)
-_PKEY = PKEY_DEFAULT & 0x7FFF
 
 
 class UnreliableQueuePair(QueuePair, qp_type=QpType.UC):
@@ -44,7 +43,7 @@ class UnreliableQueuePair(QueuePair, qp_type=QpType.UC):
         if packet.opcode & 0xE0 != op.UC or context.state not in migros.CONNECTED or path is None:
             counters["refused_state"] += 1
             return
-        if packet.first_word & 0x7FFF != _PKEY:
+        if packet.first_word & 0x7FFF != PKEY_PARTITION:
             counters["refused_pkey"] += 1
             return
         if packet.addresses != path.answers_from:
@@ -74,8 +73,6 @@ class UnreliableQueuePair(QueuePair, qp_type=QpType.UC):
                 done = responder.write(self, packet, flags, now)
             else:
                 done = responder.send(self, packet, flags, now)
-        except ReceiveTooShort:
-            self._drop("dropped_length")
         except RequestFault as fault:
             if fault.syndrome == NAK_REMOTE_OPERATIONAL:  # this side's own fault: its receive, its memory
                 completion.enter_error(self, fault.receive_status, fault.event)
@@ -94,11 +91,8 @@ class UnreliableQueuePair(QueuePair, qp_type=QpType.UC):
 
     def transmit(self, now: float, sink: FrameSink, budget: int) -> int:
         """HOT. Send up to `budget` frames; returns how many. `more` says whether there would have been more."""
-        self.more = False
         context = self.context
-        if context.state == _ERR:
-            completion.flush(self)
-        if context.stopped or context.state not in (_RTS, _SQD):
+        if not completion.may_send(self):
             return 0
         sent = 0
         while sent < budget:

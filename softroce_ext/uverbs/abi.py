@@ -14,6 +14,8 @@ ABI_VERSION: Final = 6
 """class/infiniband_verbs/abi_version."""
 RXE_ABI_VERSION: Final = 2
 EXTENDED: Final = 0x80000000
+COMMAND_BITS: Final = EXTENDED | 0xFF
+"""What a command's first word may have: its number, and whether it is an extended one."""
 
 
 class Command(IntEnum):
@@ -53,6 +55,39 @@ class Command(IntEnum):
     EX_CREATE_QP = EXTENDED | 24
 
 
+SIZES: Final[dict[int, tuple[int, int]]] = {
+    Command.GET_CONTEXT: (8, 8),
+    Command.QUERY_DEVICE: (8, 176),
+    Command.QUERY_PORT: (16, 40),
+    Command.ALLOC_PD: (8, 4),
+    Command.DEALLOC_PD: (4, 0),
+    Command.CREATE_AH: (56, 4),
+    Command.DESTROY_AH: (4, 0),
+    Command.REG_MR: (40, 12),
+    Command.REREG_MR: (48, 8),
+    Command.DEREG_MR: (4, 0),
+    Command.ALLOC_MW: (16, 8),
+    Command.DEALLOC_MW: (4, 0),
+    Command.CREATE_COMP_CHANNEL: (8, 4),
+    Command.CREATE_CQ: (32, 8),
+    Command.RESIZE_CQ: (16, 8),
+    Command.DESTROY_CQ: (16, 8),
+    Command.REQ_NOTIFY_CQ: (8, 0),
+    Command.CREATE_QP: (56, 32),
+    Command.QUERY_QP: (16, 128),
+    Command.MODIFY_QP: (112, 0),
+    Command.DESTROY_QP: (16, 4),
+    Command.POST_SEND: (24, 4),
+    Command.ATTACH_MCAST: (24, 0),
+    Command.DETACH_MCAST: (24, 0),
+    Command.CREATE_SRQ: (32, 16),
+    Command.MODIFY_SRQ: (16, 0),
+    Command.QUERY_SRQ: (16, 16),
+    Command.DESTROY_SRQ: (16, 4),
+    Command.CREATE_XSRQ: (48, 16),
+}
+"""The kernel's structures: bytes of a command after its header, bytes of its response; with less it does not begin."""
+
 HEADER = Struct("<IHH")
 """struct ib_uverbs_cmd_hdr: command, in_words, out_words."""
 EX_HEADER = Struct("<QHHI")
@@ -76,6 +111,8 @@ CREATE_QP_RESP = Struct("<IIIIIIII")
 MODIFY_QP = Struct("<32s32sIIIIIIIHHBBBBBBBBBBBBBB2x")
 QUERY_QP_RESP = Struct("<32s32sIIIIIIIIIIHHBBBBBBBBBBBBBBB5x")
 MCAST = Struct("<16sIH")
+SEND_WR_BYTES: Final = 128
+"""struct ib_uverbs_send_wr."""
 CREATE_SRQ = Struct("<QIIII")
 CREATE_XSRQ = Struct("<QIIIII")
 MODIFY_SRQ = Struct("<IIIIQ")
@@ -144,27 +181,29 @@ def extended_device_attributes(adapter: Adapter) -> bytes:
 
 
 def port_attributes(adapter: Adapter) -> bytes:
-    """struct ib_uverbs_query_port_resp: active, Ethernet, 1X at 2.5 Gb/s as rxe says whatever carries it."""
+    """struct ib_uverbs_query_port_resp: what the interface is like, in InfiniBand's terms."""
+    link = adapter.current_link()
+    counters = adapter.engine.counters
     return _PORT.pack(
         limits.PORT_CAP_FLAGS,
         limits.MAX_MSG_SIZE,
-        0,  # bad_pkey_cntr
-        0,  # qkey_viol_cntr
+        min(counters.get("refused_pkey", 0), 0xFFFF),  # bad_pkey_cntr
+        min(counters.get("refused_qkey", 0), 0xFFFF),  # qkey_viol_cntr
         limits.GID_TABLE_LENGTH,
         limits.PKEY_TABLE_LENGTH,
         0,  # lid
         0,  # sm_lid
-        4,  # state: PORT_ACTIVE
+        link.state,
         5,  # max_mtu: 4096
-        limits.active_mtu(adapter.interface_mtu),
+        limits.active_mtu(link.mtu),
         0,  # lmc
         1,  # max_vl_num
         0,  # sm_sl
         0,  # subnet_timeout
         0,  # init_type_reply
-        1,  # active_width: 1X
-        1,  # active_speed: 2.5 Gb/s
-        5,  # phys_state: LINK_UP
+        link.rate.width,
+        link.rate.speed,
+        link.phys_state,
         2,  # link_layer: Ethernet
         1,  # flags: GRH required
         0,

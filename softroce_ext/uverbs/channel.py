@@ -19,6 +19,7 @@ import os
 import shutil
 import stat
 import struct
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -146,13 +147,15 @@ class FileSpace:
 
     def give_back(self, offset: int, size: int) -> None:
         """Make a range free again."""
-        merged: list[tuple[int, int]] = []
-        for start, length in sorted([*self._free, (offset, size)]):
-            if merged and merged[-1][0] + merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((start, length))
-        self._free = merged
+        free = self._free
+        at = bisect_left(free, (offset,))
+        if at < len(free) and free[at][0] == offset + size:
+            size += free.pop(at)[1]
+        if at and sum(free[at - 1]) == offset:
+            before, length = free[at - 1]
+            free[at - 1] = before, length + size
+        else:
+            free.insert(at, (offset, size))
 
 
 class FileChannel:

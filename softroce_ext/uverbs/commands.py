@@ -21,7 +21,7 @@ from softroce_ext.device.completion import (
     CompletionQueue,
     SharedReceiveQueue,
 )
-from softroce_ext.device.context import AddressHandle, Context
+from softroce_ext.device.context import SWEEP_AT, AddressHandle, Context
 from softroce_ext.device.errors import VerbsError
 from softroce_ext.device.regions import MemoryRegion, MemoryWindow, ProtectionDomain, check_access
 from softroce_ext.transport.interfaces import MemoryFault
@@ -172,14 +172,14 @@ def destroy_ah(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 MAX_CHANNELS = 4096
 """Completion channels of one context: each costs the NIC a descriptor."""
-_SWEEP_ABOVE = 16
-"""Idle completion channels that a context may have before those that the program closed are looked for."""
 
 
 @handles(Command.CREATE_COMP_CHANNEL)
 def create_comp_channel(adapter: Adapter, context: Context, body: Body) -> Answer:
-    if len(context.comp_channels) >= _SWEEP_ABOVE:
+    if len(context.comp_channels) >= context.sweep_at:
         _sweep_channels(context)
+        # Each look costs as much as the program has descriptors; so the next one is after as many new channels.
+        context.sweep_at = 2 * len(context.comp_channels) + SWEEP_AT
     if len(context.comp_channels) >= MAX_CHANNELS:
         raise VerbsError(errno.EMFILE, f"{MAX_CHANNELS} completion channels in one context")
     fifo = context.channel.event_fifo(COMP_EVENT.size)
@@ -193,6 +193,8 @@ def _sweep_channels(context: Context) -> None:
     try:
         for entry in os.scandir(f"/proc/{context.pid}/fd"):
             try:
+                if "/comp-" not in os.readlink(entry.path):
+                    continue  # a file of anybody's, and its file system may take its time
                 status = os.stat(entry.path)
             except OSError:
                 continue

@@ -6,7 +6,7 @@ import errno
 from typing import Any, Final
 
 from softroce_ext.device import limits
-from softroce_ext.device.adapter import Adapter
+from softroce_ext.device.adapter import SGE_BYTES, Adapter
 from softroce_ext.device.addressing import PORT
 from softroce_ext.device.completion import CompletionQueue, SharedReceiveQueue
 from softroce_ext.device.context import Context
@@ -150,10 +150,6 @@ def _check_mask(current: int, mask: int, state: int, port: int) -> None:
     if mask & QP_PORT and port != PORT:
         raise VerbsError(errno.EINVAL, f"port {port}")
     target = state if mask & QP_STATE else current
-    if target == QpState.ERR and current == QpState.RESET:
-        raise VerbsError(errno.EINVAL, "no transition from RESET to ERR")
-    if target in (QpState.RESET, QpState.ERR) and mask & ~QP_STATE:
-        raise VerbsError(errno.EINVAL, f"attributes with a move to state {target}")
     if mask & QP_CUR_STATE and not (target == QpState.RTS and current >= QpState.RTR):
         raise VerbsError(errno.EINVAL, "a supposed state goes with moves to RTS only")
 
@@ -213,10 +209,12 @@ def destroy_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 @handles(Command.POST_SEND)
 def post_send(adapter: Adapter, context: Context, body: Body) -> Answer:
-    """Only a doorbell that came as a command: work requests are posted in shared memory."""
-    handle, count = abi.U32X2.unpack_from(body, 8)
+    """Only a doorbell, whatever comes along with it: the kernel checks it and rxe looks into the shared queue."""
+    handle, count, elements, size = abi.U32X4.unpack_from(body, 8)
+    if size < abi.SEND_WR_BYTES or len(body) < abi.SIZES[Command.POST_SEND][0] + count * size + elements * SGE_BYTES:
+        raise VerbsError(errno.EINVAL, f"{count} requests of {size} bytes in a command of {len(body)}")
     qp = context.get(handle, QueuePair)
-    if count or qp.transport.context.state < QpState.RTS:
+    if qp.transport.context.state < QpState.RTS:
         raise VerbsError(errno.EINVAL, "post_send before RTS")
     adapter.engine.ring(qp.transport)
     return Answer(abi.U32.pack(0))
@@ -231,6 +229,6 @@ def attach_mcast(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 @handles(Command.DETACH_MCAST)
 def detach_mcast(adapter: Adapter, context: Context, body: Body) -> Answer:
-    mgid, handle, _ = abi.MCAST.unpack_from(body)
-    adapter.groups.detach(context.get(handle, QueuePair), mgid)
+    mgid, handle, mlid = abi.MCAST.unpack_from(body)
+    adapter.groups.detach(context.get(handle, QueuePair), mgid, mlid)
     return Answer()

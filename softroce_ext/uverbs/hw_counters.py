@@ -1,4 +1,5 @@
-"""The port's counters as files: `ports/1/hw_counters` with the names and meanings of rxe, `ports/1/migros` with ours.
+"""The port's counters as files: `ports/1/hw_counters` with the names and meanings of rxe, `ports/1/cm_*` with those of
+the kernel's connection manager, `ports/1/migros` with ours.
 
 The kernel computes such a file when it is read. Here they are ordinary files, rewritten in place: at most every
 `FRESHNESS` seconds while the NIC works, once more after it came to rest, and never while nothing happens. What a reader
@@ -47,6 +48,14 @@ REFUSED_BEFORE_COUNTED: Final = (
 """Good packets for no queue pair that takes them: rxe drops them before it counts them as received."""
 
 
+CM_NAMES: Final = tuple(
+    f"cm_{group}/{kind}"
+    for group in ("tx_msgs", "tx_retries", "rx_msgs", "rx_duplicates")
+    for kind in ("req", "mra", "rej", "rep", "rtu", "dreq", "drep", "sidr_req", "sidr_rep", "lap", "apr")
+)
+"""The connection manager's files below ports/1 (drivers/infiniband/core/cm.c). No LAP or APR is ever sent or taken."""
+
+
 def rxe_view(counters: Mapping[str, int]) -> dict[str, int]:
     """What rxe would have counted, of all the NIC's `counters`, by rxe's names.
 
@@ -61,8 +70,13 @@ def rxe_view(counters: Mapping[str, int]) -> dict[str, int]:
 
 
 def own_view(counters: Mapping[str, int]) -> dict[str, int]:
-    """The counters that rxe does not have."""
-    return {name: value for name, value in counters.items() if name not in RXE_NAMES}
+    """The counters that Linux does not have."""
+    return {name: value for name, value in counters.items() if name not in RXE_NAMES and "/" not in name}
+
+
+def cm_view(counters: Mapping[str, int]) -> dict[str, int]:
+    """The connection manager's counters, by their path below the port's folder."""
+    return {name: counters.get(name, 0) for name in CM_NAMES}
 
 
 class CounterFiles:
@@ -73,7 +87,7 @@ class CounterFiles:
 
         Raises OSError when the folders cannot be made.
         """
-        self._folders = (port / "hw_counters", port / "migros")
+        self._folders = (port / "hw_counters", port / "migros", port)
         self._read = read
         self._fds: dict[Path, int] = {}
         self._shown: dict[Path, int] = {}
@@ -81,7 +95,7 @@ class CounterFiles:
         """When `write` should be called next, if something has happened since."""
         self.stale = False
         """Something may have been counted since the files were written."""
-        for folder in self._folders:
+        for folder in (*self._folders, *(port / name.partition("/")[0] for name in CM_NAMES)):
             folder.mkdir(parents=True, exist_ok=True)
         (self._folders[0] / "lifespan").write_text(f"{FRESHNESS * 1000:.0f}\n")
         self.write(0.0)
@@ -89,7 +103,8 @@ class CounterFiles:
     def write(self, now: float) -> None:
         """Bring the files up to date. Only those whose value has changed are touched."""
         counters = self._read()
-        for folder, values in zip(self._folders, (rxe_view(counters), own_view(counters)), strict=True):
+        views = (rxe_view(counters), own_view(counters), cm_view(counters))
+        for folder, values in zip(self._folders, views, strict=True):
             for name, value in values.items():
                 path = folder / name
                 if self._shown.get(path) != value:

@@ -43,6 +43,10 @@ _NEIGHBOUR_TIMEOUT: Final = 3.0
 """Seconds that ibv_modify_qp waits for the partner's MAC, as the kernel's ib_resolve_eth_dmac about does."""
 
 
+_TURN: Final = 0.005
+"""Seconds of commands before frames get their turn."""
+
+
 @dataclass(slots=True)
 class _Waiting:
     """A command that waits for a neighbour's MAC."""
@@ -95,9 +99,12 @@ class CommandServer:
         """For the event loop."""
         return self._socket.fileno()
 
-    def serve(self, limit: int = 16) -> int:
-        """Serve up to `limit` waiting datagrams; returns how many there were."""
+    def serve(self, limit: int = 16, seconds: float = _TURN) -> int:
+        """Serve up to `limit` waiting datagrams, but begin none after `seconds`; returns how many there were."""
+        end = time.monotonic() + seconds
         for served in range(limit):
+            if served and time.monotonic() > end:
+                return served
             try:
                 message, ancillary, _, _ = self._socket.recvmsg(
                     _MAX_DATAGRAM, socket.CMSG_SPACE(_CREDENTIALS.size), socket.MSG_DONTWAIT
@@ -169,9 +176,11 @@ class CommandServer:
             os.close(answer)
 
     def _identifier(self) -> str:
+        step = 1
         while True:
             identifier = f"{self._adapter.number_base}-{self._counter}"
-            self._counter += 1
+            self._counter += step
+            step *= 2  # anybody may make folders with the next names, and as many as there is room for
             if identifier not in self._adapter.contexts and not (self._run / "ctx" / identifier).exists():
                 return identifier
 
@@ -206,10 +215,15 @@ class CommandServer:
         operation = -1
         try:
             operation, _in_words, out_words = abi.HEADER.unpack_from(message)
+            if operation & ~abi.COMMAND_BITS:
+                raise VerbsError(errno.EINVAL, f"command {operation:#x}")
             handler = HANDLERS.get(operation)
             if handler is None:
                 raise VerbsError(errno.EOPNOTSUPP)
             body = memoryview(message)[abi.HEADER.size :]
+            needed, room = abi.SIZES.get(operation, (0, 0))
+            if len(body) < needed or 4 * out_words < room:
+                raise VerbsError(errno.ENOSPC, f"{len(body)} bytes, {out_words} words for the response")
             if operation & abi.EXTENDED:
                 _, _provider_in, provider_out, _ = abi.EX_HEADER.unpack_from(body)
                 answer = handler(self._adapter, context, body[abi.EX_HEADER.size :])
@@ -227,7 +241,7 @@ class CommandServer:
             if self.trace:
                 self.trace(f"{context.id} {_name(operation)}: {fault}")
         except (struct.error, IndexError):
-            error = errno.EINVAL  # a command shorter than its structure
+            error = errno.ENOSPC  # a command shorter than its structure
         except OSError as fault:  # no descriptor or no memory left, or the program has put something in the way
             error = fault.errno or errno.EIO
         except Exception:  # a fault of ours must not end every other program's connections

@@ -12,6 +12,7 @@ from typing import Final
 
 from softroce_ext.device import limits
 from softroce_ext.device.adapter import Adapter
+from softroce_ext.device.link import PHYS_TEXT, STATE_TEXT
 from softroce_ext.uverbs import abi
 
 DEVICE_NUMBER: Final = (231, 192)
@@ -30,7 +31,7 @@ def colons(data: bytes) -> str:
 
 
 class SysfsPicture:
-    """Writes the picture and keeps its GID table true."""
+    """Writes the picture and keeps its port and its GID table true."""
 
     def __init__(self, run_directory: Path, adapter: Adapter, interface: str) -> None:
         self._class = run_directory / "sys" / "class"
@@ -45,7 +46,6 @@ class SysfsPicture:
         guid = colons(self._adapter.guid)
         verbs = self._class / "infiniband_verbs"
         device = self._class / "infiniband" / DEVICE_NAME
-        mtu = limits.active_mtu(self._adapter.interface_mtu)
         rdma_cm = self._class / "misc" / "rdma_cm"
         texts = {
             rdma_cm / "abi_version": str(CM_ABI_VERSION),
@@ -60,21 +60,18 @@ class SysfsPicture:
             device / "node_desc": DEVICE_NAME,
             device / "fw_ver": "",
             device / "parent": self._interface,
-            self.port / "state": "4: ACTIVE",
-            self.port / "phys_state": "5: LinkUp",
             self.port / "lid": "0x0",
             self.port / "lid_mask_count": "0",
             self.port / "sm_lid": "0x0",
             self.port / "sm_sl": "0",
-            self.port / "rate": "2.5 Gb/sec (1X SDR)",
             self.port / "link_layer": "Ethernet",
             self.port / "cap_mask": f"0x{limits.PORT_CAP_FLAGS:08x}",
             self.port / "pkeys" / "0": f"0x{limits.DEFAULT_PKEY:04x}",
-            self.port / "mtu": str(limits.MTU_BYTES[mtu]),
         }
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text + "\n")
+        self.set_port()
         for folder in ("gids", "gid_attrs/types", "gid_attrs/ndevs"):
             (self.port / folder).mkdir(parents=True, exist_ok=True)
         gids = self._adapter.gids
@@ -83,6 +80,14 @@ class SysfsPicture:
         self._dev.mkdir(parents=True, exist_ok=True)
         (self._dev / "uverbs0").touch()
         (self._dev / "rdma_cm").touch()
+
+    def set_port(self) -> None:
+        """Write what depends on the interface, in place."""
+        link = self._adapter.link
+        self._put("state", STATE_TEXT[link.state])
+        self._put("phys_state", PHYS_TEXT[link.phys_state])
+        self._put("rate", link.rate.text)
+        self._put("mtu", str(limits.MTU_BYTES[limits.active_mtu(link.mtu)]))
 
     def set_gid(self, index: int, gid: bytes | None) -> None:
         """Write one row of the GID table, in place."""

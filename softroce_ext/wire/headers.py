@@ -37,6 +37,8 @@ AETH_ATOMIC = Struct(">IQ")
 """AETH, original remote data."""
 
 PKEY_DEFAULT = 0xFFFF
+PKEY_PARTITION = PKEY_DEFAULT & 0x7FFF
+"""What of it two ports must have in common: the top bit only says full or limited member (IBA 10.9.1.1)."""
 SOLICITED = 0x80 << 16
 """The solicited-event bit in the BTH's first word."""
 PAD_SHIFT = 20

@@ -1,10 +1,14 @@
-"""IP addresses on the data interface: added and removed as an application's address moves between hosts."""
+"""IP addresses on the data interface: added and removed as an application's address moves between hosts.
+
+An address is an IPv4 address and the IPv6 address beside it (`testbed.ip6`).
+"""
 
 from __future__ import annotations
 
 import subprocess
 from typing import Any
 
+from testbed import ip6
 from testbed.agent.operations import OperationError, operation
 from testbed.agent.service import Agent
 
@@ -13,27 +17,31 @@ from testbed.agent.service import Agent
 def address_add(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
     """Add `ip`/`prefix` to the data interface. Idempotent. (The controller answers ARP, so nothing is announced.)"""
     _run("ip", "address", "replace", f"{ip}/{prefix}", "dev", agent.interface)
+    beside = f"{ip6.companion(ip)}/{ip6.NETWORK.prefixlen}"
+    _run("ip", "-6", "address", "replace", beside, "dev", agent.interface, "nodad")
     return {}
 
 
 @operation("address_del")
 def address_del(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
     """Remove `ip`/`prefix`. Fine if it is not there."""
-    if ip in addresses(agent.interface):
-        _run("ip", "address", "delete", f"{ip}/{prefix}", "dev", agent.interface)
+    present = addresses(agent.interface)
+    for address, length in ((ip, prefix), (ip6.companion(ip), ip6.NETWORK.prefixlen)):
+        if address in present:
+            _run("ip", "address", "delete", f"{address}/{length}", "dev", agent.interface)
     return {}
 
 
 @operation("addresses")
 def list_addresses(agent: Agent) -> dict[str, Any]:
-    """IPv4 addresses of the data interface: {"addresses": [ip, …]}."""
+    """Addresses of the data interface: {"addresses": [ip, …]}."""
     return {"addresses": addresses(agent.interface)}
 
 
 def addresses(interface: str) -> list[str]:
-    """IPv4 addresses of `interface`, in the kernel's order."""
-    words = _run("ip", "-4", "-oneline", "address", "show", "dev", interface).split()
-    return [words[i + 1].split("/")[0] for i, word in enumerate(words) if word == "inet"]
+    """Addresses of `interface`, in the kernel's order."""
+    words = _run("ip", "-oneline", "address", "show", "dev", interface).split()
+    return [words[i + 1].split("/")[0] for i, word in enumerate(words) if word in ("inet", "inet6")]
 
 
 def _run(*argv: str) -> str:

@@ -47,7 +47,8 @@ class ProcessWatch:
         while True:
             for descriptor, _ in self._poll.poll():
                 with self._lock:
-                    if descriptor not in self._watched:
+                    # One that was forgotten since the poll may have left its number to another, whose process lives.
+                    if descriptor not in self._watched or not select.select([descriptor], [], [], 0)[0]:
                         continue
                     ended = self._watched[descriptor][1]
                     self._drop(descriptor)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from testbed import ip6
 from testbed.agent import addresses, apps
 from testbed.agent.nic import running_nic
 from testbed.agent.operations import OperationError, operation
@@ -126,6 +127,7 @@ def migrate_receive(
             if add_address is not None and agent.nic is not None:
                 running_nic(agent).command("address_add", {"ip": add_address}, NIC_SECONDS)
                 move.gid = add_address
+                running_nic(agent).command("address_add", {"ip": ip6.companion(add_address)}, NIC_SECONDS)
             nic_image = move.folder / NIC_IMAGE.partition("/")[2]
             if nic_image.exists():
                 answer = running_nic(agent).command(
@@ -208,8 +210,9 @@ def _abort(agent: Agent, move: Incoming) -> None:
         with contextlib.suppress(OperationError):  # a NIC that has died has forgotten them too
             running_nic(agent).command("discard", {"contexts": move.contexts}, NIC_SECONDS)
     if move.gid is not None:
-        with contextlib.suppress(OperationError):
-            running_nic(agent).command("address_remove", {"ip": move.gid}, NIC_SECONDS)
+        for address in ip6.both(move.gid):
+            with contextlib.suppress(OperationError):
+                running_nic(agent).command("address_remove", {"ip": address}, NIC_SECONDS)
     if move.address is not None:
         with contextlib.suppress(OperationError):
             addresses.address_del(agent, ip=move.address)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from testbed import ip6
 from testbed.agent import addresses, apps
 from testbed.agent.nic import running_nic
 from testbed.agent.operations import OperationError, operation
@@ -102,6 +103,7 @@ def migrate_send(
                     with contextlib.suppress(OperationError):  # it never was in the GID table
                         running_nic(agent).command("address_remove", {"ip": leaving}, NIC_SECONDS)
                         move.gid = leaving
+                        running_nic(agent).command("address_remove", {"ip": ip6.companion(leaving)}, NIC_SECONDS)
                 return sent
             except BaseException:
                 _roll_back(agent, move)
@@ -202,7 +204,8 @@ def _roll_back(agent: Agent, move: Outgoing) -> None:
     if move.policy is not None:
         tree.change_policy(move.app.init, os.SCHED_OTHER, move.policy)
     if move.gid is not None:
-        running_nic(agent).command("address_add", {"ip": move.gid}, NIC_SECONDS)
+        for address in ip6.both(move.gid):
+            running_nic(agent).command("address_add", {"ip": address}, NIC_SECONDS)
     if move.held and move.contexts:
         # Not waited for: the program runs already, and a silent partner is no reason to call the roll-back a failure.
         running_nic(agent).command("unhold", {"contexts": move.contexts, "wait": False}, NIC_SECONDS)

@@ -1,8 +1,10 @@
-"""The OpenFlow 1.3 application: sends what `routes` decides, waits for barriers, answers ARP.
+"""The OpenFlow 1.3 application: sends what `routes` decides, waits for barriers, answers ARP and neighbour discovery.
 
 Runs unchanged on Ryu and on os-ken. The framework delivers events on this application's own event thread; requests from
 the northbound socket arrive on threads of their own, take `self._one_at_a_time`, send, and sleep until the event thread
 has seen every barrier reply.
+
+An IPv4 address and the IPv6 address beside it (`testbed.ip6`) are moved together: requests name the former.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import time
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, TypeVar, cast
 
+from testbed import ip6
 from testbed.controller import framework, northbound
 from testbed.controller.arp import ArpFrame, reply_to
 from testbed.controller.datapath import FlowCache, FlowCacheError
+from testbed.controller.discovery import SOLICITATION, Solicitation, advertise
 from testbed.controller.fabric import Fabric
-from testbed.controller.routes import Change, RouteTable, Stage
+from testbed.controller.routes import Change, RouteTable, Stage, side_by_side
 
 fw = framework.loaded()
 ofp, parser = fw.ofproto, fw.parser
@@ -104,9 +108,10 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
             # A bridge that this controller sees for the first time starts from nothing.
             everything = parser.OFPMatch()
             datapath.send_msg(self._flow_mod(datapath, ofp.OFPFC_DELETE, everything, 0, []))
-        arp = parser.OFPMatch(eth_type=0x0806)
         to_controller = [parser.OFPActionOutput(ofp.OFPP_CONTROLLER, ofp.OFPCML_NO_BUFFER)]
-        datapath.send_msg(self._flow_mod(datapath, ofp.OFPFC_ADD, arp, ARP_PRIORITY, to_controller))
+        for question in ({"eth_type": 0x0806}, {"eth_type": 0x86DD, "ip_proto": 58, "icmpv6_type": SOLICITATION}):
+            match = parser.OFPMatch(**question)
+            datapath.send_msg(self._flow_mod(datapath, ofp.OFPFC_ADD, match, ARP_PRIORITY, to_controller))
         for flow in self.table.flows_of(name):
             for message in self._messages(datapath, Change("added", flow)):
                 datapath.send_msg(message)
@@ -150,13 +155,11 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
 
     @on(fw.ofp_event.EventOFPPacketIn, fw.handler.MAIN_DISPATCHER)
     def on_packet(self, event: Any) -> None:
-        """Only ARP comes here. Known addresses are answered from the table, the rest is dropped: nothing is flooded."""
+        """Only questions for MACs come here. Known addresses are answered from the table, the rest is dropped: nothing
+        is flooded."""
         message = event.msg
-        request = ArpFrame.parse(message.data)
-        if request is None or not request.is_request:
-            return
-        mac = self.table.mac_of(str(ipaddress.IPv4Address(request.target_ip)))
-        if mac is None or (answer := reply_to(request, mac)) is None:
+        answer = self._answer(message.data)
+        if answer is None:
             return
         datapath = message.datapath
         datapath.send_msg(
@@ -169,6 +172,17 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
             )
         )
         self.arp_answered += 1
+
+    def _answer(self, frame: bytes) -> bytes | None:
+        """What to say to a question for a MAC."""
+        request, question = ArpFrame.parse(frame), Solicitation.parse(frame)
+        if request is not None and request.is_request:
+            mac = self.table.mac_of(str(ipaddress.IPv4Address(request.target_ip)))
+            return reply_to(request, mac) if mac is not None else None
+        if question is not None:
+            mac = self.table.mac_of(question.target_ip)
+            return advertise(question, mac) if mac is not None else None
+        return None
 
     # -- to the switches
 
@@ -190,7 +204,8 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         """The flow-mods of one change. A companion entry comes after its flow and goes before it."""
         flow = change.flow
         rewrite = [parser.OFPActionSetField(eth_dst=flow.eth_dst)] if flow.eth_dst else []
-        match = {"eth_type": 0x0800, "ipv4_dst": flow.address}
+        field, address = flow.match
+        match = {"eth_type": 0x0800 if field == "ipv4_dst" else 0x86DD, field: address}
         onward = [*rewrite, parser.OFPActionOutput(flow.out_port)]
         back = [*rewrite, parser.OFPActionOutput(ofp.OFPP_IN_PORT)]
         entries = [
@@ -300,15 +315,15 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
     def prepare_move(self, ip: str, to_host: str) -> dict[str, Any]:
         """Put the new flows beneath the old ones; no packet takes another way yet."""
         with self._one_at_a_time:
-            self.table.begin(ip)
+            self._begin(ip)
             self._require_ready()
-            flows = self._carry_out(self.table.prepare(ip, to_host))
+            flows = self._carry_out(self._prepare(ip, to_host))
         return {"prepared_at": time.monotonic(), "flows": flows}
 
     def move(self, ip: str, to_host: str) -> dict[str, Any]:
         """Let packets for `ip` go to `to_host`; prepares first if that has not been done."""
         with self._one_at_a_time:
-            self.table.begin(ip)
+            self._begin(ip)
             self._require_ready()
             return self._move(ip, to_host)
 
@@ -321,25 +336,43 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
             if target is None:
                 return {"begun_at": begun, "confirmed_at": begun, "flows": []}
             answer = self._move(ip, target)
-            self.table.begin(ip)
+            self._begin(ip)
             return answer
 
     def add_address(self, ip: str, host: str) -> dict[str, Any]:
         """A further address at `host`: paths to it and ARP answers for it."""
         self._require_ready()
         with self._one_at_a_time:
-            flows = self._carry_out(self.table.announce(ip, host))
+            stages = [self.table.announce(ip, host)]
+            if ":" not in ip:
+                stages.append(self.table.announce(ip6.companion(ip), host))
+            flows = self._carry_out(side_by_side(*stages))
         return {"confirmed_at": time.monotonic(), "flows": flows}
+
+    def _both(self, ip: str) -> list[str]:
+        """An address and the one beside it, as far as they are known here."""
+        try:
+            return [address for address in ip6.both(ip) if address == ip or address in self.table.owner]
+        except ValueError:  # no IPv4 address: there is none beside it, and the table says whether it knows it
+            return [ip]
+
+    def _begin(self, ip: str) -> None:
+        for address in self._both(ip):
+            self.table.begin(address)
+
+    def _prepare(self, ip: str, to_host: str) -> list[Stage]:
+        return side_by_side(*(self.table.prepare(address, to_host) for address in self._both(ip)))
 
     def _move(self, ip: str, to_host: str) -> dict[str, Any]:
         begun = time.monotonic()
         flows = []
-        if self.table.prepared.get(ip) != to_host:
-            flows += self._carry_out(self.table.prepare(ip, to_host))
-        stages = self.table.move(ip, to_host)
-        flows += self._carry_out(stages)
-        self.table.moved(ip, to_host)
-        self._follow(ip, stages)
+        if any(self.table.prepared.get(address) != to_host for address in self._both(ip)):
+            flows += self._carry_out(self._prepare(ip, to_host))
+        moves = {address: self.table.move(address, to_host) for address in self._both(ip)}
+        flows += self._carry_out(side_by_side(*moves.values()))
+        for address, stages in moves.items():
+            self.table.moved(address, to_host)
+            self._follow(address, stages)
         return {"begun_at": begun, "confirmed_at": time.monotonic(), "flows": flows}
 
     def _follow(self, ip: str, stages: list[Stage]) -> None:

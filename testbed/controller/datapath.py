@@ -48,7 +48,8 @@ class FlowCache:
 
     def outputs(self, address: str) -> set[str]:
         """Interfaces that cached flows for packets to `address` lead to. Raises FlowCacheError."""
-        listing = self._call("dpctl/dump-flows", "--names", self.datapath, f"filter=ip,nw_dst={address}")
+        what = f"ipv6,ipv6_dst={address}" if ":" in address else f"ip,nw_dst={address}"
+        listing = self._call("dpctl/dump-flows", "--names", self.datapath, f"filter={what}")
         return outputs(listing)
 
     def _call(self, method: str, *parameters: str) -> str:

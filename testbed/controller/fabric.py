@@ -50,7 +50,7 @@ class Fabric:
     """Name → where it hangs."""
     trunks: tuple[Trunk, ...]
     addresses: Mapping[str, str]
-    """IPv4 address → name of the host that has it."""
+    """IPv4 or IPv6 address → name of the host that has it."""
     graph: nx.Graph = field(init=False, compare=False, repr=False)
     """Of the switches; derived."""
 
@@ -75,7 +75,7 @@ class Fabric:
         if len(set(self.switches.values())) != len(self.switches):
             raise FabricError("two switches have the same datapath id")
         for address, host in self.addresses.items():
-            ipaddress.IPv4Address(address)
+            ipaddress.ip_address(address)
             if host not in self.hosts:
                 raise FabricError(f"address {address}: no host {host!r}")
         if self.switches and not nx.is_connected(graph):
@@ -116,5 +116,5 @@ class Fabric:
                 trunks=tuple(Trunk(**trunk) for trunk in plain["trunks"]),
                 addresses=dict(plain["addresses"]),
             )
-        except (KeyError, TypeError, AttributeError, ipaddress.AddressValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FabricError(f"not a fabric: {error!r}") from error

@@ -1,8 +1,8 @@
 """Which flows forward an address, and in which order they may change. Pure: no controller, no clock, no network.
 
-Forwarding is by destination: for each address every switch has one effective flow, which sends `ipv4_dst=address` one
-step along a shortest path towards the host that has it. The last switch also sets `eth_dst` to that host's MAC, so that
-partners which still have the old MAC in their ARP cache need no change.
+Forwarding is by destination: for each address every switch has one effective flow, which sends `ipv4_dst=address` (or
+`ipv6_dst`) one step along a shortest path towards the host that has it. The last switch also sets `eth_dst` to that
+host's MAC, so that partners which still have the old MAC in their neighbour table need no change.
 
 Moving an address is make-before-break in two halves:
 
@@ -23,6 +23,7 @@ So an address goes two priorities lower with each move: 16383 moves of one addre
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -43,7 +44,7 @@ class RouteError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Match `ipv4_dst=address` at `priority`, set `eth_dst` if there is one, send to `out_port`.
+    """Match packets to `address` at `priority`, set `eth_dst` if there is one, send to `out_port`.
 
     A companion entry at `priority + 1` does the same with what came in by `out_port`.
     """
@@ -59,10 +60,15 @@ class Flow:
         """What it does, without where it stands."""
         return self.out_port, self.eth_dst
 
+    @property
+    def match(self) -> tuple[str, str]:
+        """OpenFlow's field for the destination, and its value."""
+        return f"ipv{ipaddress.ip_address(self.address).version}_dst", self.address
+
     def to_plain(self) -> dict[str, Any]:
         """In the words of the report."""
         rewrite = f", eth_dst={self.eth_dst}" if self.eth_dst else ""
-        match = f"ipv4_dst={self.address}"
+        match = "=".join(self.match)
         return {
             "switch": self.switch,
             "match": match,
@@ -132,7 +138,7 @@ class RouteTable:
         return [flow for (at, _), flows in self.installed.items() if at == switch for flow in flows.values()]
 
     def mac_of(self, address: str) -> str | None:
-        """For ARP: the MAC of the host that has `address`; None if nobody has."""
+        """For ARP and neighbour discovery: the MAC of the host that has `address`; None if nobody has."""
         host = self.owner.get(address)
         return self.fabric.hosts[host].mac if host else None
 
@@ -170,9 +176,9 @@ class RouteTable:
     def announce(self, address: str, host: str) -> list[Stage]:
         """A new address appears at `host`; the switches nearest to it first. Raises RouteError."""
         try:
-            ipaddress.IPv4Address(address)
+            ipaddress.ip_address(address)
         except ValueError as error:
-            raise RouteError(f"{address!r} is not an IPv4 address") from error
+            raise RouteError(f"{address!r} is not an IP address") from error
         self._known_host(host)
         if self.owner.get(address, host) != host:
             raise RouteError(f"{address} is at {self.owner[address]} already; move it instead")
@@ -283,6 +289,13 @@ class RouteTable:
             raise RouteError(f"no host {host!r}; there are {', '.join(self.fabric.hosts)}")
 
 
+def side_by_side(*moves: Sequence[Stage]) -> list[Stage]:
+    """The stages of several addresses' changes at once: the first of each, then the second of each, …"""
+    return [
+        tuple(change for stage in stages for change in stage) for stages in itertools.zip_longest(*moves, fillvalue=())
+    ]
+
+
 def carry_out(table: RouteTable, stages: Sequence[Stage], send: Callable[[Stage], None]) -> None:
     """The contract between table and sender, in its simplest form: one stage, then its confirmation, then the next."""
     for stage in stages:
@@ -290,4 +303,14 @@ def carry_out(table: RouteTable, stages: Sequence[Stage], send: Callable[[Stage]
         table.confirm(stage)
 
 
-__all__ = ["Change", "FabricError", "Flow", "RouteError", "RouteTable", "Stage", "carry_out", "shortest_steps"]
+__all__ = [
+    "Change",
+    "FabricError",
+    "Flow",
+    "RouteError",
+    "RouteTable",
+    "Stage",
+    "carry_out",
+    "shortest_steps",
+    "side_by_side",
+]

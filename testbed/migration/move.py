@@ -21,7 +21,7 @@ import concurrent.futures
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from testbed import summary
+from testbed import ip6, summary
 from testbed.errors import MigrationFailed, TestbedError
 from testbed.migration import observe
 from testbed.migration.timeline import Timeline
@@ -100,7 +100,7 @@ class Move:
         arriving = self._target.begin(
             "migrate_receive",
             migration=self._name,
-            addresses_moved={move.ip_before: move.ip_after},
+            addresses_moved=dict(zip(ip6.both(move.ip_before), ip6.both(move.ip_after), strict=True)),
             add_address=move.ip_after if self._keep else None,
             prefix=self._session.topology.hosts[move.to].prefix,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from testbed import ip6
 from testbed.controller.client import ControllerClient
 from testbed.controller.process import ControllerProcess
 from testbed.errors import EnvironmentProblem, RunFailed
@@ -230,6 +231,12 @@ class Network:
                 "net/ipv6/conf/default/disable_ipv6": 1,
                 # An app's own address lives in the same subnet as its host's: removing one must not remove the other.
                 "net/ipv4/conf/all/promote_secondaries": 1,
+                # The data interface has the address beside its IPv4 address, and says next to nothing unasked.
+                f"net/ipv6/conf/{host.interface}/accept_ra": 0,
+                f"net/ipv6/conf/{host.interface}/router_solicitations": 0,
+                f"net/ipv6/conf/{host.interface}/accept_dad": 0,
+                f"net/ipv6/conf/{host.interface}/disable_ipv6": 0,
+                f"net/ipv6/neigh/{host.interface}/base_reachable_time_ms": NEIGHBOUR_LIFETIME,
                 f"net/ipv4/neigh/{host.interface}/base_reachable_time_ms": NEIGHBOUR_LIFETIME,
                 f"net/ipv4/conf/{host.interface}/rp_filter": 0,
                 "net/ipv4/conf/all/rp_filter": 0,
@@ -241,6 +248,7 @@ class Network:
                     "link set lo up",
                     f"link set {host.interface} up",
                     f"address add {host.ip}/{host.prefix} dev {host.interface}",
+                    f"address add {ip6.companion(host.ip)}/{ip6.NETWORK.prefixlen} dev {host.interface} nodad",
                     f"address add {host.node_ip}/{NODE_PREFIX} dev {host.interface}",
                     f"link set {MANAGEMENT_INTERFACE} up",
                     f"address add {link.inside_ip} peer {link.outside_ip}/32 dev {MANAGEMENT_INTERFACE}",

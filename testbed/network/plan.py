@@ -10,6 +10,7 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Final
 
+from testbed import ip6
 from testbed.controller.fabric import Attachment, Fabric, Trunk
 from testbed.topology import ResolvedHost, ResolvedTopology
 from testbed.topology.resolved import MANAGEMENT_NETWORK
@@ -136,10 +137,11 @@ def _fabric(resolved: ResolvedTopology, wires: tuple[Wire, ...]) -> Fabric:
     """The controller's picture. An app's own address is where its app starts."""
     addresses: dict[str, str] = {}
     for host in resolved.hosts.values():
-        addresses[host.ip] = host.name
+        addresses |= dict.fromkeys(ip6.both(host.ip), host.name)
         addresses[host.node_ip] = host.name
     for app in resolved.apps.values():
-        addresses.setdefault(app.address, app.host)
+        for address in ip6.both(app.address):
+            addresses.setdefault(address, app.host)
     return Fabric(
         switches={name: switch.dpid for name, switch in resolved.switches.items()},
         hosts={

@@ -294,9 +294,9 @@ def _commands(view: View) -> Iterator[Problem]:
             target, _, attribute = (inner or "").partition(".")
             if inner is None:
                 yield Problem(path, "a lone brace", text, "write {{ or }} for a brace, {server.ip} for an address")
-            elif attribute != "ip":
+            elif attribute not in ("ip", "ip6"):
                 hint = _near(target, known) if target not in known else f"write {{{target}.ip}}"
-                yield Problem(path, "unknown placeholder; allowed: {<app or host>.ip}", text, hint)
+                yield Problem(path, "unknown placeholder; allowed: {<app or host>.ip}, {<app or host>.ip6}", text, hint)
             elif target not in known:
                 yield Problem(path, "placeholder names no app and no host", text, _near(target, known))
         shell = next((word for word in words if word in ("|", "&&", "||", ";", ">", "<", "&", ">>")), None)

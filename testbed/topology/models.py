@@ -130,7 +130,8 @@ class App(Section):
 
     host: str
     command: Annotated[str, Field(min_length=1)]
-    """Split as a shell would, run without one. `{server.ip}` is the address of the app or host `server`."""
+    """Split as a shell would, run without one. `{server.ip}` is the address of the app or host `server`,
+    `{server.ip6}` the IPv6 address beside it."""
     after: list[str] = []
     """Apps that must be running (and listening, where they are servers) before this one starts."""
     env: dict[str, str] = {}

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from testbed import ip6
 from testbed.topology.models import HEADROOM, RDMA_MTUS, Host, Report, Topology
 
 NODE_NETWORK: Final = ipaddress.IPv4Network("100.64.0.0/16")
@@ -172,12 +173,16 @@ def placeholders(command: str) -> Iterator[tuple[str, str | None]]:
 
 
 def fill(command: str, known: dict[str, str]) -> str:
-    """`ping {server.ip}` → `ping 10.0.0.2`; `known` maps names to addresses. KeyError on an unknown name."""
+    """`ping {server.ip}` → `ping 10.0.0.2`; `known` maps names to addresses. KeyError on an unknown name.
+
+    `{server.ip6}` is the IPv6 address beside it.
+    """
 
     def replace(match: re.Match[str]) -> str:
         if match[0] in ("{{", "}}"):
             return match[0][0]
-        return known[match[1].removesuffix(".ip")]
+        name, _, family = match[1].rpartition(".")
+        return ip6.companion(known[name]) if family == "ip6" else known[name]
 
     return PLACEHOLDER.sub(replace, command)
 

@@ -1,13 +1,13 @@
 """Long runs: `python tests/fuzz [--minutes N | --rounds N] [--seed S] [TARGET…]`.
 
 Every target gets the same share. The corpus is replayed first. Without options: CI's budget. Exit code 1 when an
-invariant was violated; each failure names the seed that repeats it (`--seed S --rounds 1 TARGET`).
+invariant was violated; each failure names the seed that repeats it (`--seed S --rounds 1 TARGET`) and is shown as a
+line for the corpus (`tests/fuzz/corpus/TARGET.jsonl`).
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from pathlib import Path
@@ -37,17 +37,17 @@ def main() -> int:
         target = TARGETS[name]
         tally = Tally(name, seed)
         for _, entry in stored[name]:
-            target.one_round(random.Random(entry["seed"]), tally)
+            target.replay(entry["scene"], entry["steps"], tally)
         if options.minutes:
             until = time.monotonic() + 60 * options.minutes / len(names)
             start = seed
             while time.monotonic() < until and not tally.failures:
                 tally.seed = start
-                run_rounds(tally, 10, target.one_round)
+                run_rounds(tally, 10, target.one_round, target.replay)
                 start += 10
             tally.seed = seed
         else:
-            run_rounds(tally, options.rounds or target.rounds, target.one_round)
+            run_rounds(tally, options.rounds or target.rounds, target.one_round, target.replay)
         tallies.append(tally)
     print(HEADING)
     for tally in tallies:

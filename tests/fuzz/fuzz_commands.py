@@ -35,7 +35,7 @@ from fuzz_common import Tally, Violation
 from uverbs_program import Program, Upper
 
 from softroce_ext.device.queue_pair import Destination
-from softroce_ext.uverbs.abi import EXTENDED, Command
+from softroce_ext.uverbs.abi import EXTENDED, SIZES, Command
 from softroce_ext.uverbs.channel import LAYOUT_VERSION
 from softroce_ext.uverbs.server import MAGIC
 
@@ -188,8 +188,8 @@ class Attack:
             )
         return self.body()
 
-    def one(self) -> None:
-        """One command of the attacker: an answer, and a counted refusal when it is an errno."""
+    def message(self) -> tuple[int, bytes]:
+        """One command as it is written to the device: (number, bytes)."""
         chance = self.chance
         command = chance.choice(NAMED)
         if chance.random() < 0.15:
@@ -199,18 +199,38 @@ class Attack:
         body = self.plausible(command) if chance.random() < 0.6 else self.body()
         if command & EXTENDED and chance.random() < 0.8:
             body = struct.pack("<QHHI", 0x1000, 0, chance.choice((0, 2, 0xFFFF)), 0) + body
-        head = struct.pack("<IHH", command, chance.choice((0, 4, 0xFFFF)), chance.choice((0, 1, 2, 6, 16, 64, 0xFFFF)))
-        message = head + body
+        words = chance.choice((0, 1, 2, 6, 16, 64, 0xFFFF))
+        if command in SIZES and chance.random() < 0.8:
+            words = -(-SIZES[command][1] // 4)  # room for the whole answer
+        message = struct.pack("<IHH", command, chance.choice((0, 4, 0xFFFF)), words) + body
         if chance.random() < 0.03:
             message = message[: chance.randrange(9)]
         if chance.random() < 0.01:
             message += bytes(60000)
+        return command, message
+
+    def one(self) -> None:
+        """One command of the attacker."""
+        _, message = self.message()
+        self.play(["command", message.hex()])
+
+    def play(self, step: list[Any]) -> None:
+        """["command", bytes], ["datagram", bytes] or ["starve", descriptors left], noted before it is done."""
+        self.tally.steps.append(step)
+        if step[0] == "starve":
+            _starve_descriptors(self, step[1])
+        else:
+            (self._command if step[0] == "command" else self._datagram)(bytes.fromhex(step[1]))
+
+    def _command(self, message: bytes) -> None:
+        """An answer, and a counted refusal when it is an errno."""
+        command = int.from_bytes(message[:4], "little")
         counters = self.nic.engine.counters
         before = sum(count for name, count in counters.items() if name.startswith("refused_"))
         error, data, install = self.program.raw(message)
         self.tally.cases += 1
         after = sum(count for name, count in counters.items() if name.startswith("refused_"))
-        what = f"command {command:#x} {body[:64].hex()}"
+        what = f"command {command:#x} {message[8:72].hex()}"
         if error == errno.EIO:
             raise Violation(f"{what}: EIO")
         if after - before != bool(error):
@@ -233,6 +253,9 @@ class Attack:
         head = struct.pack("<IHHII48s", chance.choice((MAGIC, 0)), chance.choice((LAYOUT_VERSION, 0)), kind,
                            chance.randrange(1 << 32), 0, name)  # fmt: skip
         message = (head + chance.randbytes(chance.choice((0, 8, 200))))[: chance.choice((0, 1, 63, 64, 300))]
+        self.play(["datagram", message.hex()])
+
+    def _datagram(self, message: bytes) -> None:
         counters = self.nic.engine.counters
         before = sum(count for what, count in counters.items() if what.startswith("refused_"))
         with contextlib.suppress(OSError):
@@ -261,13 +284,12 @@ def _address(buffer: bytearray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-def _starve_descriptors(attack: Attack) -> None:
+def _starve_descriptors(attack: Attack, left: int) -> None:
     """No descriptor is left: each command is still answered, a new open fails cleanly, and all is well afterwards."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = descriptors()
     files = sorted(path.name for path in (attack.nic.run / "ctx").iterdir())
     contexts = set(attack.nic.adapter.contexts)
-    left = attack.chance.randrange(6)
     fifo = attack.nic.run / "ctx" / "open-77"
     os.mkfifo(fifo)
     answer = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -317,19 +339,14 @@ def _starve_descriptors(attack: Attack) -> None:
         raise Violation(f"{descriptors() - before} descriptors leaked")
 
 
-def one_round(chance: random.Random, tally: Tally) -> None:
-    """Some hundred commands of one program, then it goes."""
+@contextmanager
+def scene(chance: random.Random, tally: Tally) -> Iterator[Attack]:
+    """A program and a bystander; when the body is through the program goes, and nothing of it is left."""
     before = descriptors()
     with upper() as nic:
         attack = Attack(nic, chance, tally)
         try:
-            for _ in range(COMMANDS_A_ROUND):
-                if chance.random() < 0.15:
-                    attack.forged()
-                else:
-                    attack.one()
-            if chance.random() < 0.3:
-                _starve_descriptors(attack)
+            yield attack
             attack.check_bystander()
             nic.adapter.forget(attack.program.context)
             theirs = attack.bystander.context.objects.values()
@@ -347,6 +364,26 @@ def one_round(chance: random.Random, tally: Tally) -> None:
             attack.close()
     if descriptors() != before:
         raise Violation(f"{descriptors() - before} descriptors leaked")
+
+
+def one_round(chance: random.Random, tally: Tally) -> None:
+    """Some hundred commands of one program, then it goes."""
+    tally.begin()
+    with scene(chance, tally) as attack:
+        for _ in range(COMMANDS_A_ROUND):
+            if chance.random() < 0.15:
+                attack.forged()
+            else:
+                attack.one()
+        if chance.random() < 0.3:
+            attack.play(["starve", chance.randrange(6)])
+
+
+def replay(_: Any, steps: list[Any], tally: Tally) -> None:
+    """What a round has noted."""
+    with scene(random.Random(0), tally) as attack:
+        for step in steps:
+            attack.play(step)
 
 
 __all__ = ["one_round", "socket"]

@@ -31,6 +31,14 @@ class Tally:
     cases: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    scene: Any = None
+    """How the round that runs was set up, as data; None: always the same."""
+    steps: list[Any] = field(default_factory=list)
+    """What it has done since, as data."""
+
+    def begin(self, scene: Any = None) -> None:
+        """A new round."""
+        self.scene, self.steps = scene, []
 
     def row(self) -> str:
         """One line of the summary table."""
@@ -42,6 +50,10 @@ class Tally:
 
 
 HEADING = f"{'target':<10} {'seed':>10} {'cases':>9} {'failures':>8}  refusals by kind"
+
+
+Replay = Callable[[Any, list[Any], Tally], None]
+"""Sets a scene up, does some steps in it, checks everything: what `one_round` does with steps of its own making."""
 
 
 class Hang(Exception):
@@ -64,8 +76,55 @@ def watchdog(seconds: float = HANG) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run_rounds(tally: Tally, rounds: int, one: Callable[[random.Random, Tally], None]) -> Tally:
-    """Run `one` for `rounds` seeds (seed, seed + 1, …); a failing round is kept with its own seed, to be run again."""
+def minimised(steps: list[Any], fails: Callable[[list[Any]], bool]) -> list[Any]:
+    """As few of the steps as still fail: halves are left out, then quarters, and so on down to single ones."""
+    size = max(len(steps) // 2, 1)
+    while steps:
+        at = 0
+        while at < len(steps):
+            fewer = steps[:at] + steps[at + size :]
+            if fails(fewer):
+                steps = fewer
+            else:
+                at += size
+        if size == 1:
+            break
+        size //= 2
+    return steps
+
+
+def entry_of(tally: Tally, replay: Replay) -> str:
+    """The failed round as a line for the corpus; empty if it cannot be repeated from what it has noted."""
+    scene, quiet = tally.scene, Tally(tally.target, tally.seed)
+
+    def fails(steps: list[Any]) -> bool:
+        try:
+            with watchdog():
+                replay(scene, steps, quiet)
+        except Exception:
+            return True
+        return False
+
+    steps = list(tally.steps)
+    if not fails(steps):
+        return ""
+    steps = minimised(steps, fails)
+    if isinstance(scene, list):  # of parts, not all of which are needed
+
+        def fails_in(parts: list[Any]) -> bool:
+            nonlocal scene
+            whole, scene = scene, parts
+            if fails(steps):
+                return True
+            scene = whole
+            return False
+
+        minimised(scene, fails_in)
+    return json.dumps({"found": "?", "scene": scene, "steps": steps})
+
+
+def run_rounds(tally: Tally, rounds: int, one: Callable[[random.Random, Tally], None], replay: Replay) -> Tally:
+    """Run `one` for `rounds` seeds (seed, seed + 1, …); a failing round is kept, with its seed and made smaller."""
     for number in range(rounds):
         seed = tally.seed + number
         try:
@@ -73,15 +132,14 @@ def run_rounds(tally: Tally, rounds: int, one: Callable[[random.Random, Tally], 
                 one(random.Random(seed), tally)
         except Exception as error:
             place = "".join(traceback.format_exception(error)[-4:])
-            tally.failures.append(f"{tally.target} seed {seed}: {type(error).__name__}: {error}\n{place}")
+            stored = entry_of(tally, replay) or f"cannot be made smaller: --seed {seed} --rounds 1"
+            tally.failures.append(f"{tally.target} seed {seed}: {type(error).__name__}: {error}\n{place}{stored}")
             if len(tally.failures) >= 5:
                 break
     return tally
 
 
 def corpus(target: str) -> list[tuple[str, dict[str, Any]]]:
-    """The stored inputs of one target: (file name, content), each a minimised bug or a seed worth keeping."""
-    entries = []
-    for path in sorted(CORPUS.glob(f"{target}-*.json")):
-        entries.append((path.name, json.loads(path.read_text())))
-    return entries
+    """The stored inputs of one target: (what was found, {"found", "scene", "steps"}), each as small as it can be."""
+    lines = (CORPUS / f"{target}.jsonl").read_text().splitlines()
+    return [(entry["found"], entry) for entry in map(json.loads, lines)]

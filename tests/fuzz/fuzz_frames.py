@@ -23,14 +23,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "simulation"))
 
 import rxe_captures
 from fuzz_common import Tally, Violation
+from queue_pairs import queue_pairs
 
-from softroce_ext.simulation.world import ALL_ACCESS, BASE, ByteSink, Cq, Events, Pd, Ram, Region, WorkQueue
+from softroce_ext.simulation.hosts import ALL_ACCESS, BASE, ByteSink, Cq, Events, Pd, Ram, Region, WorkQueue
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import V4_MAPPED, Engine, EngineConfig
+from softroce_ext.transport.in_order import MAX_HELD
 from softroce_ext.transport.interfaces import Buffer, ProtectionError, RecvWqe, SendWqe, Sge
 from softroce_ext.transport.qp import QueuePair
 from softroce_ext.transport.responder import MAX_PENDING_ANSWERS
-from softroce_ext.transport.verbs import QpState, QpType, WrOpcode
+from softroce_ext.transport.verbs import QpState, QpType
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import MAX_FRAME, build, parse
 from softroce_ext.wire.frame import Path as WirePath
@@ -93,12 +95,32 @@ def path(ipv6: bool, back: bool = False, port: int = 0xC123) -> WirePath:
     return WirePath(macs[0], macs[1], here, there, port)
 
 
-class Scene:
-    """One NIC with a queue pair of each type in each state, both families, some stopped, paused or in a message."""
+def extended_header(
+    chance: random.Random, name: str, address: int, rkeys: tuple[int, ...], mtu: int, msn: int
+) -> bytes:
+    """One header after the BTH: this address, mostly one of these keys, the rest at its edges."""
+    rkey = chance.choice((*rkeys, 0, 9, 0xFFFFFFFF))
+    if name == "RETH":
+        return struct.pack(">QII", address, rkey, chance.choice((8, mtu, 3000, *EDGES32)))
+    if name == "AtomicETH":
+        return struct.pack(">QIQQ", address, rkey, chance.choice(EDGES64), chance.choice(EDGES64))
+    if name == "AETH":
+        syndrome = chance.choice((0x1F, 0x1F, 0x60, 0x65, 0x20, chance.randrange(256)))
+        return struct.pack(">I", syndrome << 24 | chance.choice((msn, 0, 0xFFFFFF)))
+    if name == "DETH":
+        return struct.pack(">II", chance.choice((QKEY, QKEY, QKEY, 0, 0x80010000)), chance.randrange(1 << 32))
+    if name == "IETH":
+        return struct.pack(">I", chance.choice((9, 9, 0, 0xFFFFFFFF)))
+    return chance.randbytes(8 if name == "AtomicAckETH" else 4)
 
-    def __init__(self, chance: random.Random) -> None:
+
+class Scene:
+    """One NIC with queue pairs."""
+
+    def __init__(self, chance: random.Random, specs: list[dict[str, Any]]) -> None:
+        """specs: as `queue_pair` makes them; what is missing is as it is in a fresh queue pair."""
         self.chance = chance
-        self.engine = Engine(EngineConfig(migros=chance.random() < 0.8))
+        self.engine = Engine(EngineConfig(migros=True))
         self.now = 1000.0
         self.ram = WatchedRam()
         self.pd = WatchedPd(self.ram)
@@ -107,72 +129,44 @@ class Scene:
         self.pd.regions[3] = Region(*CLOSED, 1)
         self.qps: list[QueuePair] = []
         self.cq = Cq()
-        number = 16
-        for kind in (QpType.RC, QpType.UC, QpType.UD):
-            for ipv6 in (False, True):
-                for state in QpState:
-                    if state == QpState.SQE:
-                        continue
-                    count = 4 if kind == QpType.RC and state in (QpState.RTS, QpState.RTR, QpState.SQD) else 1
-                    for variant in range(count):
-                        self._add(number, kind, ipv6, state, variant)
-                        number += 1
+        for spec in specs:
+            self._add(spec)
         self.engine.multicast[V4_MAPPED + GROUP] = [qp for qp in self.qps if qp.context.qp_type == QpType.UD]
         self.pull(64)
 
-    def _add(self, number: int, kind: QpType, ipv6: bool, state: QpState, variant: int) -> None:
-        chance = self.chance
-        context = QpContext(number, False, False, int(kind))
+    def _add(self, spec: dict[str, Any]) -> None:
+        kind, state, variant = QpType[spec["kind"]], QpState[spec["state"]], spec.get("variant", 0)
+        context = QpContext(spec["qpn"], False, False, int(kind))
         sends, receives = WorkQueue(), WorkQueue()
         qp = QueuePair(context, sends, receives, self.cq, self.cq, self.pd, None, Events())
         self.engine.add_qp(qp)
         self.qps.append(qp)
-        context.path = path(ipv6)
-        context.path_mtu = chance.choice((256, 1024))
-        context.destination_qpn = 1000 + number
-        context.qp_access_flags = ALL_ACCESS if chance.random() < 0.8 else chance.randrange(16)
-        context.qkey = QKEY
-        context.timeout, context.retry_cnt, context.rnr_retry = 14, chance.choice((0, 3, 7)), chance.choice((0, 7))
-        context.max_rd_atomic = context.max_dest_rd_atomic = chance.choice((1, 16))
-        near = chance.choice((0, 5, 0x7FFFFC, 0xFFFFFA))
-        context.expected_psn = context.rq_psn = near
-        context.una_psn = context.send_psn = context.high_psn = context.next_psn = near
+        context.path = path(spec.get("ipv6", False))
+        context.destination_qpn = 1000 + spec["qpn"]
+        context.qkey, context.timeout, context.path_mtu = QKEY, 14, 1024
+        context.qp_access_flags = ALL_ACCESS
+        for name, value in spec.get("set", {}).items():
+            setattr(context, name, value)
         context.retry_left = context.retry_cnt
         qp._derive()
         context.state = int(state)
-        for wr_id in range(chance.choice((0, 1, 50))):
-            key = chance.choice((1, 1, 1, 2, 9))
-            length = chance.choice((0, 8, 40, 300, 2000, 8000))
-            receives.posted.append(RecvWqe(wr_id, length, (Sge(OPEN[0] + chance.choice((0, 64)), length, key),)))
-        if kind != QpType.UD and state in (QpState.RTS, QpState.SQD):
-            for wr_id in range(chance.choice((0, 3, 6))):
-                opcode = chance.choice(
-                    [
-                        WrOpcode.SEND,
-                        WrOpcode.RDMA_WRITE,
-                        WrOpcode.RDMA_READ,
-                        WrOpcode.SEND_WITH_IMM,
-                        WrOpcode.ATOMIC_FETCH_AND_ADD,
-                    ]
-                    if kind == QpType.RC
-                    else [WrOpcode.SEND]
-                )
-                length = 8 if opcode == WrOpcode.ATOMIC_FETCH_AND_ADD else chance.choice((0, 8, 3000))
+        for wr_id, (away, length, key) in enumerate(spec.get("receives", ())):
+            receives.posted.append(RecvWqe(wr_id, length, (Sge(OPEN[0] + away, length, key),)))
+        if spec.get("sends"):
+            for wr_id, (opcode, length) in enumerate(spec["sends"]):
                 sges = (Sge(OPEN[0], length, 1),)
-                sends.posted.append(SendWqe(wr_id, int(opcode), 2, 0, length, sges, None, BASE, 1, 1, 2, None))
+                sends.posted.append(SendWqe(wr_id, opcode, 2, 0, length, sges, None, BASE, 1, 1, 2, None))
             context.state = int(QpState.RTS)
             qp.make_ready()
             self.pull(64)
             context.state = int(state)
-        if kind == QpType.RC:
-            context.peer_migros = variant > 1 or chance.random() < 0.3
-            if variant == 1:
-                qp.stop()
-            elif variant == 2 and state in (QpState.RTS, QpState.SQD):
-                context.paused, context.pause_psn, context.pause_deadline = True, context.una_psn, self.now + 60
-            elif variant == 3:
-                qp.stop()
-                qp.resume()
+        if variant == 1:
+            qp.stop()
+        elif variant == 2 and state in (QpState.RTS, QpState.SQD):
+            context.paused, context.pause_psn, context.pause_deadline = True, context.una_psn, self.now + 60
+        elif variant == 3:
+            qp.stop()
+            qp.resume()
 
     def pull(self, frames: int) -> list[bytes]:
         """Send at most `frames` frames' room, once."""
@@ -246,21 +240,8 @@ class Scene:
         return centre + step & 0xFFFFFF
 
     def _header(self, name: str, context: QpContext) -> bytes:
-        chance = self.chance
-        rkey = chance.choice((1, 1, 1, 1, 2, 3, 0, 9, 0xFFFFFFFF))
-        address = chance.choice((OPEN[0], OPEN[0] + 8, *EDGES64))
-        if name == "RETH":
-            return struct.pack(">QII", address, rkey, chance.choice((8, context.path_mtu, 3000, *EDGES32)))
-        if name == "AtomicETH":
-            return struct.pack(">QIQQ", address, rkey, chance.choice(EDGES64), chance.choice(EDGES64))
-        if name == "AETH":
-            syndrome = chance.choice((0x1F, 0x1F, 0x60, 0x65, 0x20, chance.randrange(256)))
-            return struct.pack(">I", syndrome << 24 | chance.choice((context.msn, 0, 0xFFFFFF)))
-        if name == "DETH":
-            return struct.pack(">II", chance.choice((QKEY, QKEY, QKEY, 0, 0x80010000)), chance.randrange(1 << 32))
-        if name == "IETH":
-            return struct.pack(">I", chance.choice((9, 9, 0, 0xFFFFFFFF)))
-        return chance.randbytes(8 if name == "AtomicAckETH" else 4)
+        address = self.chance.choice((OPEN[0], OPEN[0] + 8, *EDGES64))
+        return extended_header(self.chance, name, address, (1, 1, 1, 1, 2, 3), context.path_mtu, context.msn)
 
     # -- delivering and checking -------------------------------------------------------------------------------------
 
@@ -272,11 +253,20 @@ class Scene:
             for c in (qp.context for qp in self.qps)
         ]  # fmt: skip
 
-    def deliver(self, frames: list[bytes], named: list[QueuePair | None], tally: Tally) -> None:
+    def play(self, step: list[Any], tally: Tally) -> None:
+        """[[[frame, QPN that it names or null, how often], …], seconds after it, frames sent then]; noted first."""
+        tally.steps.append(step)
+        batch, wait, pull = step
+        frames = [bytes.fromhex(frame) for frame, _, times in batch for _ in range(times)]
+        named = [self.engine.qps.get(qpn) for _, qpn, times in batch for _ in range(times)]
+        self.deliver(frames, named, wait, pull, tally)
+
+    def deliver(self, frames: list[bytes], named: list[QueuePair | None], wait: float, pull: int, tally: Tally) -> None:
         """One batch: receive, flush, timers, a turn to send; then every check of this module's invariants."""
         engine = self.engine
         before = dict(engine.counters)
         fingerprints = self.fingerprints()
+        holding = list(engine.holding)
         single = frames[0] if len(frames) == 1 else None
         picture = self._picture(named[0]) if single is not None else None
         calls = self.ram.calls
@@ -303,14 +293,20 @@ class Scene:
             buffer[:] = bytes(len(buffer))
         if self.ram.calls - calls > 40 * len(frames):
             raise Violation(f"{self.ram.calls - calls} accesses of memory for {len(frames)} frames")
-        self.now += self.chance.choice((1e-6, 1e-5, 1e-3, 0.07))
+        self.now += wait
         engine.on_timer(self.now)
-        self.pull(self.chance.choice((0, 1, 16, 64)))
+        self.pull(pull)
         self.ram.check()
         groups = any(frame[30:34] == GROUP for frame in frames)
         for qp, was, now in zip(self.qps, fingerprints, self.fingerprints(), strict=True):
             timed = qp.context.state == QpState.ERR or qp.context.retry_cnt != 7
-            if was != now and qp not in named and not timed and not (groups and qp.context.qp_type == QpType.UD):
+            if (
+                was != now
+                and qp not in named
+                and qp not in holding
+                and not timed
+                and not (groups and qp.context.qp_type == QpType.UD)
+            ):
                 sent = was[:4] == now[:4] and was[5:] != now[5:]  # the fetch of a request is no disturbance
                 if not sent and was[4] == now[4]:
                     raise Violation(f"{self._what(qp)} changed though no frame named it: {was} {now}")
@@ -320,7 +316,8 @@ class Scene:
     def _picture(self, qp: QueuePair | None) -> Any:
         if qp is None:
             return None
-        return qp.context.to_plain(), bytes(self.ram.data), len(self.cq.entries), qp.ack_pending, len(self.pd.regions)
+        seen = len(self.cq.entries), qp.ack_pending, len(self.pd.regions), len(qp.held)
+        return qp.context.to_plain(), bytes(self.ram.data), *seen
 
     def _what(self, qp: QueuePair) -> str:
         c = qp.context
@@ -334,8 +331,11 @@ class Scene:
         engine = self.engine
         for qp in self.qps:
             c = qp.context
-            if len(c.answers) > MAX_PENDING_ANSWERS + 70 or len(c.resources) > 128 or len(c.inflight) > 64:
+            many = len(c.answers) > MAX_PENDING_ANSWERS + 70 or len(qp.held) > MAX_HELD
+            if many or len(c.resources) > 128 or len(c.inflight) > 64:
                 raise Violation(f"grows: {self._what(qp)}")
+        if engine.held != sum(len(qp.held) for qp in self.qps):
+            raise Violation(f"{engine.held} packets are said to wait")
         if len(engine._timers) > 64 + 8 * len(self.qps):
             raise Violation(f"{len(engine._timers)} timers for {len(self.qps)} queue pairs")
         if len(engine.ready) > len(self.qps) + 1 or engine.touched or engine.completions or engine.written:
@@ -371,17 +371,23 @@ FRAMES_A_ROUND = 300
 
 def one_round(chance: random.Random, tally: Tally) -> None:
     """A fresh NIC and some hundred frames."""
-    scene = Scene(chance)
+    tally.begin(queue_pairs(chance))
+    scene = Scene(chance, tally.scene)
     frames = 0
     while frames < FRAMES_A_ROUND:
         size = chance.choice((1, 1, 1, 1, 2, 8))
-        batch = []
+        batch: list[list[Any]] = []
         for _ in range(size):
-            if chance.random() < 0.25:
-                batch.append((mutated(chance), None))
-            else:
-                batch.append(scene.frame())
+            frame, qp = (mutated(chance), None) if chance.random() < 0.25 else scene.frame()
+            batch.append([frame.hex(), qp.context.qpn if qp is not None else None, 1])
         if chance.random() < 0.02:
-            batch = batch[:1] * 64  # a flood of one
-        scene.deliver([frame for frame, _ in batch], [qp for _, qp in batch], tally)
-        frames += len(batch)
+            batch = [[*batch[0][:2], 64]]  # a flood of one
+        scene.play([batch, chance.choice((1e-6, 1e-5, 1e-3, 0.07)), chance.choice((0, 1, 16, 64))], tally)
+        frames += sum(times for _, _, times in batch)
+
+
+def replay(specs: list[dict[str, Any]], steps: list[Any], tally: Tally) -> None:
+    """What a round has noted."""
+    scene = Scene(random.Random(0), specs)
+    for step in steps:
+        scene.play(step, tally)

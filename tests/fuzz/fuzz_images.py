@@ -7,18 +7,22 @@ forgotten, whatever its numbers are. A request to the management socket is answe
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
 import random
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fuzz_commands import descriptors, upper
 from fuzz_common import Tally, Violation
-from fuzz_rings import Loop, Peer, install_guard
+from fuzz_rings import Loop
+from scribbler import Peer, install_guard
 from uverbs_program import Program, Upper
 
 from softroce_ext.device import checkpoint, image
@@ -76,23 +80,36 @@ def places(plain: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def mutate(plain: Any, chance: random.Random) -> str:
-    """Change one place; says which."""
+def change(plain: Any, chance: random.Random) -> list[Any]:
+    """A change of one place: [path, deed, value]; deeds: "append" it once more, "delete", "add", "set"."""
     path = chance.choice(places(plain))
     holder = plain
     for key in path[:-1]:
         holder = holder[key]
-    key = path[-1]
     deed = chance.randrange(6)
     if deed == 0 and isinstance(holder, list):
+        return [list(path), "append", None]
+    if deed == 1:
+        return [list(path), "delete", None]
+    if deed == 2 and isinstance(holder[path[-1]], int):
+        return [list(path), "add", chance.choice((1, -1, 64, 4096, 65536))]
+    return [list(path), "set", chance.choice(VALUES)]
+
+
+def apply(plain: Any, step: list[Any]) -> None:
+    """Carry a change out; what it puts in is a copy, since later changes may change that."""
+    (*path, key), deed, value = copy.deepcopy(step)
+    holder = plain
+    for part in path:
+        holder = holder[part]
+    if deed == "append":
         holder.append(holder[key])
-    elif deed == 1:
+    elif deed == "delete":
         del holder[key]
-    elif deed == 2 and isinstance(holder[key], int):
-        holder[key] += chance.choice((1, -1, 64, 4096, 65536))
+    elif deed == "add":
+        holder[key] += value
     else:
-        holder[key] = chance.choice(VALUES)
-    return ".".join(map(str, path))
+        holder[key] = value
 
 
 def write(path: Path, text: bytes, packed: bytes) -> None:
@@ -132,43 +149,87 @@ def run_it(nic: Upper) -> None:
         nic.adapter.forget(context)
 
 
-def one_round(chance: random.Random, tally: Tally) -> None:
-    """One program's image, changed in many ways."""
+class Lab:
+    """A NIC with a program whose image was taken, and another that gets it."""
+
+    def __init__(self, nic: Upper, other: Upper, seed: int) -> None:
+        """seed: of what the program was doing."""
+        self.nic, self.other = nic, other
+        self.program, self._peers = full_program(nic, random.Random(seed))
+        made, rings = checkpoint.dump(nic.adapter, [self.program.context])
+        self.text = made.model_dump_json()
+        self.packed = zlib.compress(rings.bytes(), 1)
+
+    def case(self, steps: list[Any], tally: Tally) -> None:
+        """Restore the image with changes; a step ["rings", n]: n zero bytes instead of what the rings held."""
+        path = self.nic.run / "image"
+        plain, blob = json.loads(self.text), self.packed
+        for step in steps:
+            if step[0] == "rings":
+                blob = zlib.compress(bytes(step[1]), 9)
+            else:
+                apply(plain, step)
+        write(path, json.dumps(plain).encode(), blob)
+        tally.cases += 1
+        before = descriptors()
+        try:
+            checkpoint.restore(self.other.adapter, *image.read(path), self._channel)
+        except ImageError as error:
+            if not steps:
+                raise Violation(f"the image as it was is refused: {error}") from error
+            tally.refusals[type(error.__cause__ or error).__name__] += 1
+        else:
+            try:
+                run_it(self.other)
+            except Exception as error:
+                raise Violation(f"restored with {steps} changed, then: {error!r}") from error
+        check_empty(self.other, str(steps))
+        if descriptors() != before:
+            gc.collect()  # an error's frames refer to what was half made until the next collection
+        if descriptors() != before:
+            raise Violation(f"{steps}: {descriptors() - before} descriptors leaked")
+
+    def _channel(self, identifier: str, owner: tuple[int, int], taken: list[tuple[int, int]]) -> FileChannel:
+        return FileChannel(self.other.run, identifier, owner, taken)
+
+    def close(self) -> None:
+        """Close the program's descriptors."""
+        for descriptor in (self.program.reply, self.program.queues, self.program.channel):
+            os.close(descriptor)
+        self.program._socket.close()
+
+
+@contextmanager
+def lab(seed: int) -> Iterator[Lab]:
+    """Both NICs."""
     install_guard()
     with upper() as nic, upper() as other:
-        program, _peers = full_program(nic, chance)
-        made, rings = checkpoint.dump(nic.adapter, [program.context])
-        text = made.model_dump_json()
-        packed = zlib.compress(rings.bytes(), 1)
-        path = nic.run / "image"
-
-        def make(identifier: str, owner: tuple[int, int], taken: list[tuple[int, int]]) -> FileChannel:
-            return FileChannel(other.run, identifier, owner, taken)
-
+        made = Lab(nic, other, seed)
         gc.collect()
-        before = descriptors()
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def one_round(chance: random.Random, tally: Tally) -> None:
+    """One program's image, changed in many ways."""
+    seed = chance.randrange(1 << 32)
+    with lab(seed) as here:
         for number in range(MUTATIONS + 1):
-            plain = json.loads(text)
-            where = [mutate(plain, chance) for _ in range(chance.choice((1, 1, 1, 2, 4)))] if number else []
-            blob = packed if chance.random() < 0.99 else zlib.compress(bytes(chance.choice((0, 1, 1 << 22))), 9)
-            write(path, json.dumps(plain).encode(), blob if number else packed)
-            tally.cases += 1
-            try:
-                checkpoint.restore(other.adapter, *image.read(path), make)
-            except ImageError as error:
-                if not number:
-                    raise Violation(f"the image as it was is refused: {error}") from error
-                tally.refusals[type(error.__cause__ or error).__name__] += 1
-            else:
-                try:
-                    run_it(other)
-                except Exception as error:
-                    raise Violation(f"restored with {where} changed, then: {error!r}") from error
-            check_empty(other, str(where))
-            if descriptors() != before:
-                gc.collect()  # an error's frames refer to what was half made until the next collection
-            if descriptors() != before:
-                raise Violation(f"{where}: {descriptors() - before} descriptors leaked")
-        for descriptor in (program.reply, program.queues, program.channel):
-            os.close(descriptor)
-        program._socket.close()
+            tally.begin(seed)
+            plain = json.loads(here.text)
+            for _ in range(chance.choice((1, 1, 1, 2, 4)) if number else 0):
+                tally.steps.append(change(plain, chance))
+                apply(plain, tally.steps[-1])
+            if number and chance.random() < 0.01:
+                tally.steps.append(["rings", chance.choice((0, 1, 1 << 22))])
+            here.case(tally.steps, tally)
+
+
+def replay(seed: int, steps: list[Any], tally: Tally) -> None:
+    """One image with these changes; seed: of what its program was doing."""
+    tally.begin(seed)
+    tally.steps = steps
+    with lab(seed) as here:
+        here.case(steps, tally)

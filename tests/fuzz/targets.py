@@ -11,20 +11,21 @@ import fuzz_commands
 import fuzz_frames
 import fuzz_images
 import fuzz_rings
-from fuzz_common import Tally
+from fuzz_common import Replay, Tally
 
 
 class Target(NamedTuple):
-    """One round with a seed; CI's number of rounds."""
+    """One round with a seed; a round from what was noted of one; CI's number of rounds."""
 
     one_round: Callable[[random.Random, Tally], None]
+    replay: Replay
     rounds: int
 
 
 TARGETS: dict[str, Target] = {
-    "frames": Target(fuzz_frames.one_round, 1200),
-    "commands": Target(fuzz_commands.one_round, 2500),
-    "images": Target(fuzz_images.one_round, 250),
-    "cm": Target(fuzz_cm.one_round, 1500),
-    "rings": Target(fuzz_rings.one_round, 1500),
+    "frames": Target(fuzz_frames.one_round, fuzz_frames.replay, 1200),
+    "commands": Target(fuzz_commands.one_round, fuzz_commands.replay, 2500),
+    "images": Target(fuzz_images.one_round, fuzz_images.replay, 250),
+    "cm": Target(fuzz_cm.one_round, fuzz_cm.replay, 1500),
+    "rings": Target(fuzz_rings.one_round, fuzz_rings.replay, 1500),
 }

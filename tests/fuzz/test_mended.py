@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import random
+import resource
 import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fuzz_cm
 import pytest
 from fuzz_commands import descriptors, upper
-from fuzz_rings import install_guard
+from fuzz_common import Tally, watchdog
+from scribbler import install_guard
 from uverbs_program import Program, Upper
 
+from softroce_ext.capture import Capture
+from softroce_ext.cm.ids import PS_UDP, Endpoint
+from softroce_ext.cm.manager import NEVER
+from softroce_ext.cm.server import CmFiles, Memberships
+from softroce_ext.command_trace import CommandTrace
 from softroce_ext.control import ControlServer
 from softroce_ext.device.queue_pair import Destination
-from softroce_ext.simulation.world import Host, end
-from softroce_ext.uverbs import channel, server
+from softroce_ext.simulation.hosts import Host, end
+from softroce_ext.uverbs import channel, commands, server
 from softroce_ext.uverbs.abi import Command
 
 
@@ -162,6 +172,33 @@ def test_control_lines_that_are_no_requests(tmp_path: Path, line: bytes) -> None
     control.close()
 
 
+def test_management_without_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs had taken them all: a client that waited kept the NIC's loop busy."""
+    watched: dict[int, Any] = {}
+    waits: list[Any] = []
+    path = tmp_path / "control.sock"
+    control = ControlServer(path, lambda _, respond: respond({}), watched.__setitem__, watched.pop, waits.append)
+    (listener,) = watched
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(path))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (client.fileno() + 1, hard))
+    fillers = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                fillers.append(os.open("/dev/null", os.O_RDONLY))
+        watched[listener](1)
+        assert not watched and len(waits) == 1 and not waits[0](0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for filler in fillers:
+            os.close(filler)
+    assert waits[0](0.0) and len(watched) == 2
+    control.close()
+    client.close()
+
+
 def test_a_full_tmpfs(nic: Upper, monkeypatch: pytest.MonkeyPatch) -> None:
     """An errno for what is new, no descriptor and no file left of it, and all is well when there is room again."""
     program = Program(nic)
@@ -185,6 +222,21 @@ def test_a_full_tmpfs(nic: Upper, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Program(nic, "open-10").error == 0
 
 
+def test_traces_and_captures_on_a_full_disk(tmp_path: Path) -> None:
+    """A program can fill the tmpfs in which they lie; the NIC must not end for that."""
+    trace = CommandTrace("/dev/full")
+    for _ in range(3):
+        trace.write("1-0 QUERY_DEVICE in=16 error=0")
+    trace.close()
+    capture = Capture(str(tmp_path / "pcap"))
+    (tmp_path / "pcap").unlink()
+    capture._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    for _ in range(3):
+        capture.write([memoryview(bytes(60))])
+        capture.flush()
+    capture.close()
+
+
 def test_a_fifo_of_somebody_else(nic: Upper, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user cannot have the NIC answer his open into the FIFO in which a program waits for its own."""
     fifo = nic.run / "ctx" / "open-1"
@@ -195,3 +247,144 @@ def test_a_fifo_of_somebody_else(nic: Upper, monkeypatch: pytest.MonkeyPatch) ->
     assert nic.engine.counters["refused_open"] == 1 and not nic.adapter.contexts
     assert os.read(reader, 64) == b""
     os.close(reader)
+
+
+# -- what one program could make the NIC do for so long that everybody's connections end ------------------------------
+
+PATIENCE = 5.0
+"""Seconds; each of these takes less than a tenth of it now, and took many times as much."""
+
+
+def test_many_queues_go_in_any_order() -> None:
+    """A program with 6000 queue pairs that died kept the NIC busy for 25 s: every hole moved all the others."""
+    space = channel.FileSpace()
+    offsets = [space.take(4096) for _ in range(20_000)]
+    with watchdog(PATIENCE):
+        for offset in offsets[::2] + offsets[:0:-2]:
+            space.give_back(offset, 4096)
+    assert space.take(4096 * len(offsets)) == offsets[0], "the holes were not joined"
+
+
+def test_many_groups_of_one_queue_pair(nic: Upper) -> None:
+    """8000 groups: each that came or went had all of them gone through."""
+    told: dict[bytes, bool] = {}
+    nic.adapter.groups.changed = told.__setitem__
+    program = Program(nic)
+    made = program.objects()
+    qp = struct.pack("<QIIIIIIIIIBBBx", 1, made["pd"], made["cq"], made["cq"], 0, 1, 1, 1, 1, 0, 0, 4, 0)
+    (handle,) = struct.unpack_from("<I", program.call(Command.CREATE_QP, qp, 64))
+    with watchdog(2 * PATIENCE):
+        for number in range(8000):
+            group = bytes(10) + b"\xff\xff\xef\2" + number.to_bytes(2, "big")
+            program.call(Command.ATTACH_MCAST, group + struct.pack("<IHxx", handle, 0) + bytes(8))
+        nic.adapter.forget(program.context)
+    assert len(told) == 8000 and not any(told.values()) and not nic.engine.multicast
+
+
+def test_many_ids_events_and_groups_of_rdma_cm() -> None:
+    """8000 of each took 25 s to free when their program died."""
+    scene = fuzz_cm.Scene(random.Random(1), Tally("cm", 1))
+    cm, queue = scene.cm, scene.files[0].queue
+    told: list[tuple[bytes, bool]] = []
+    cm.groups.changed = lambda address, member: told.append((address, member))
+    cm_id = cm.create(queue, 1, PS_UDP, 4)
+    cm.addresses.bind(cm_id, Endpoint(fuzz_cm.HERE, 4000))
+    with watchdog(PATIENCE):
+        for number in range(8000):
+            cm.create(queue, 1, PS_UDP, 4)
+            cm.groups.join(cm_id, 1, Endpoint(b"\xef\1" + number.to_bytes(2, "big")))
+        cm.close(queue, 1.0)
+    assert len(told) == 16_000 and not cm.ids and not cm.groups.by_handle
+
+
+def test_many_ids_that_wait_for_neighbours() -> None:
+    """Each poll asked the kernel for all of them; now for some, in turn, and every one gets its answer."""
+    scene = fuzz_cm.Scene(random.Random(1), Tally("cm", 1))
+    cm, queue = scene.cm, scene.files[0].queue
+    asked: list[bytes] = []
+    scene.adapter.addressing.resolve = asked.append
+    ids = [cm.create(queue, 1, PS_UDP, 4) for _ in range(1000)]
+    for number, cm_id in enumerate(ids):
+        cm.addresses.bind(cm_id, Endpoint(fuzz_cm.HERE, 0))
+        cm.resolve_addr(cm_id, None, Endpoint(b"\n\1" + number.to_bytes(2, "big")), 2.0, 1.0)
+    assert len(asked) == 1000
+    cm.on_timer(1.5)
+    assert len(asked) <= 1100
+    for turn in range(20):
+        cm.on_timer(3.0 + turn)
+    assert len(queue.events) == 1000 and cm.due == NEVER
+
+
+def test_groups_do_not_take_a_descriptor_each() -> None:
+    """One program could join so many that no other could open the device."""
+    memberships = Memberships(socket.if_nametoindex("lo"))
+    before = descriptors()
+    addresses = [b"\xef\1\1" + bytes([number]) for number in range(100)]
+    for address in addresses:
+        memberships(address, True)
+    assert descriptors() - before == 100 // Memberships.SHARED
+    for address in addresses[::-1]:
+        memberships(address, False)
+    assert descriptors() == before
+
+
+def test_completion_channels_of_a_program_with_many_descriptors(nic: Upper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it closed are looked for among its descriptors; not for each new one, and other files are let be."""
+    program = Program(nic)
+    program.objects()
+    looks: list[str] = []
+    stats: list[str] = []
+    real, real_stat = os.scandir, os.stat
+    monkeypatch.setattr(commands.os, "scandir", lambda path: looks.append(path) or real(path))
+    monkeypatch.setattr(commands.os, "stat", lambda path, **more: stats.append(path) or real_stat(path, **more))
+    held = []
+    for _ in range(200):
+        _, _, name = program.raw(struct.pack("<IHHQ", Command.CREATE_COMP_CHANNEL, 4, 1, 0x1000))
+        held.append(os.open(program.directory / name, os.O_RDONLY | os.O_NONBLOCK))
+    assert len(looks) <= 5
+    assert len(program.context.comp_channels) == 201, "one that is open was taken away"
+    assert len([path for path in stats if isinstance(path, str)]) < 3 * 201, "files that are no channels were asked"
+    for descriptor in held:
+        os.close(descriptor)
+
+
+def test_folders_with_the_names_of_the_next_opens(nic: Upper, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1000):
+        (nic.run / "ctx" / f"1-{number}").mkdir()
+    looks: list[Path] = []
+    real = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: looks.append(path) or real(path))
+    assert Program(nic).error == 0
+    assert len(looks) < 15
+
+
+def test_commands_that_take_long_get_turns(nic: Upper) -> None:
+    """Frames come between them, however many wait."""
+    program = Program(nic)
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for _ in range(5):
+        sender.sendto(b"x", str(nic.server.path))
+    assert [nic.server.serve(16, seconds=0.0) for _ in range(6)] == [1, 1, 1, 1, 1, 0]
+    assert nic.server.serve() == 0 and program.error == 0
+    sender.close()
+
+
+def test_an_open_of_rdma_cm_without_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder and the descriptors of an open that failed half-way stayed."""
+    (tmp_path / "ctx").mkdir()
+    cm = fuzz_cm.Scene(random.Random(1), Tally("cm", 1)).cm
+    watched: dict[int, Any] = {}
+    files = CmFiles(tmp_path, cm, watched.__setitem__, watched.pop, lambda: 0.0)
+    real = os.mkfifo
+
+    def full(path: Any, mode: int = 0o666) -> None:
+        if str(path).endswith("events"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        real(path, mode)
+
+    monkeypatch.setattr(channel.os, "mkfifo", full)
+    before = descriptors()
+    for number in range(3):
+        with pytest.raises(OSError):
+            files.open(f"1-{number}", os.getpid(), os.getuid(), os.getgid())
+    assert descriptors() == before and not list((tmp_path / "ctx").iterdir()) and not files.files

@@ -78,7 +78,7 @@ def _end(entries: list[dict[str, object]], note: str) -> None:
     console.print(report.summary(entries))
     failed = [entry for entry in entries if not entry["ok"]]
     again = sum(bool(entry["ok"] and entry.get("first_try")) for entry in entries)
-    tries = f", {again} at their second try" if again else ""
+    tries = f", {again} at a later try" if again else ""
     console.print(f"\n{len(entries) - len(failed)} of {len(entries)} cases passed{tries} ({note})", highlight=False)
     known = [entry for entry in failed if entry["known"]]
     for entry in known:

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import subprocess
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from softroce_ext.control import ControlClient
-from softroce_ext.native import build
 from testbed.errors import EnvironmentProblem
+from tests.nic_host import RUN, NicHost, Space
 
-RUN = "/run/migros/nic"
-WITH_US = ("setpriv", "--pdeathsig", "KILL")
-"""Prefix of what must not outlive this process, however it ends."""
+__all__ = ["End", "NicHost", "OwnEnd", "OwnProgram", "Program", "Space"]
 
 
 class Program(ABC):
@@ -112,6 +107,10 @@ class End(ABC):
         return self.ip4 if family == 4 else self.ip6
 
     @abstractmethod
+    def listens_cm(self) -> bool:
+        """Whether a program listens by rdma_cm."""
+
+    @abstractmethod
     def sysfs(self) -> str:
         """The folder that stands for /sys there."""
 
@@ -165,117 +164,65 @@ class OwnProgram(Program):
         self._process.kill()
 
 
-class Space:
-    """Network and mount namespaces of their own, held by a process of ours."""
-
-    def __init__(self, setup: str = "true") -> None:
-        hold = f"{setup} && echo up && exec sleep infinity"
-        self._holder = subprocess.Popen(
-            [*WITH_US, "unshare", "--net", "--mount", "sh", "-c", hold], stdout=subprocess.PIPE, text=True
-        )
-        assert self._holder.stdout is not None
-        if self._holder.stdout.readline() != "up\n":
-            raise EnvironmentProblem("no namespaces could be made", hint="run it as root")
-
-    @property
-    def pid(self) -> int:
-        """The holder's."""
-        return self._holder.pid
-
-    def enter(self, *words: str) -> list[str]:
-        """A command line that runs `words` inside."""
-        return [*WITH_US, "nsenter", "-t", str(self.pid), "-n", "-m", f"--wd={os.getcwd()}", *words]
-
-    def do(self, *words: str) -> None:
-        """Run a command that must not fail. Raises EnvironmentProblem."""
-        answer = subprocess.run(self.enter(*words), capture_output=True, text=True, check=False)
-        if answer.returncode != 0:
-            raise EnvironmentProblem(f"{' '.join(words)}: {answer.stderr.strip() or answer.stdout.strip()}")
-
-    def close(self) -> None:
-        """Let the namespaces go."""
-        self._holder.kill()
-        self._holder.wait()
-        if self._holder.stdout is not None:
-            self._holder.stdout.close()
-
-
 class OwnEnd(End):
     """A host with our NIC. `number` k gives the addresses 10.9.0.k and fd09::k on eth0."""
 
     def __init__(self, number: int) -> None:
         self.name = "ours"
-        self.number = number
-        self.ip4, self.ip6, self.mtu = f"10.9.0.{number}", f"fd09::{number}", 1500
-        self.space = Space("mkdir -p /run/migros && mount -t tmpfs tmpfs /run/migros")
-        self.nic: subprocess.Popen[str] | None = None
+        self.space = NicHost(number)
+        self.ip4, self.ip6, self.mtu = self.space.ip, self.space.ip6, 1500
 
     def configure(self) -> None:
         """Addresses and offloads of eth0, which must be there."""
-        self.space.do("ip", "link", "set", "lo", "up")
         for what in ("all", "default", "eth0"):
             self.space.do("sysctl", "-qw", f"net.ipv6.conf.{what}.accept_dad=0", f"net.ipv6.conf.{what}.accept_ra=0")
-        # What leaves the host must be whole frames with finished checksums: the relay passes on what it sees.
-        self.space.do("ethtool", "-K", "eth0", "tx", "off", "gso", "off", "gro", "off", "tso", "off")
-        self.space.do("ip", "link", "set", "eth0", "mtu", "9000", "up")
-        self.space.do("ip", "address", "add", f"{self.ip4}/24", "dev", "eth0")
-        self.space.do("ip", "-6", "address", "add", f"{self.ip6}/64", "dev", "eth0", "nodad")
+        self.space.configure()
 
     def start_nic(self, mtu: int, *options: str) -> None:
         """(Re)start the NIC on an interface with this MTU, and wait until it is ready."""
         self.stop_nic()
         self.mtu = mtu
         self.space.do("ip", "link", "set", "eth0", "mtu", str(mtu))
-        words = [sys.executable, "-m", "softroce_ext", "--interface", "eth0"]
-        words += ["--address", self.ip4, "--address", self.ip6]
-        words += ["--run-dir", RUN, "--number-base", str(self.number), *options]
-        self.nic = subprocess.Popen(self.space.enter(*words), stdout=subprocess.PIPE, text=True)
-        assert self.nic.stdout is not None
-        line = self.nic.stdout.readline()
-        if line != "ready\n":
-            raise EnvironmentProblem(f"our NIC did not start: {line!r}")
+        self.space.start_nic(*options)
 
     def stop_nic(self) -> None:
         """End the NIC, if there is one."""
-        if self.nic is not None:
-            self.nic.send_signal(signal.SIGTERM)
-            try:
-                self.nic.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self.nic.kill()
-                self.nic.wait()
-            if self.nic.stdout is not None:
-                self.nic.stdout.close()
-            self.nic = None
+        if self.space.nic is not None:
+            self.space.stop_nic()
 
     def alive(self) -> bool:
         """Whether the NIC still runs."""
-        return self.nic is not None and self.nic.poll() is None
+        return self.space.nic is not None and self.space.nic.poll() is None
 
     def counters(self) -> dict[str, Any]:
         """The NIC's counters."""
-        with ControlClient(Path(f"/proc/{self.space.pid}/root{RUN}/control.sock")) as control:
+        with self.space.control() as control:
             answer: dict[str, Any] = control.call("counters")["counters"]
             return answer
 
     def contexts(self) -> list[str]:
-        """What programs have open."""
-        with ControlClient(Path(f"/proc/{self.space.pid}/root{RUN}/control.sock")) as control:
-            return [str(context["id"]) for context in control.call("status")["contexts"]]
+        """What programs have open, of verbs and of rdma_cm."""
+        with self.space.control() as control:
+            status = control.call("status")
+        return [str(item["id"]) for item in (*status["contexts"], *status["rdma_cm"])]
+
+    def listens_cm(self) -> bool:
+        """Whether a program listens by rdma_cm."""
+        with self.space.control() as control:
+            return any(item["state"] == "LISTEN" for open in control.call("status")["rdma_cm"] for item in open["ids"])
 
     def start(self, *words: str) -> Program:
         """Start a program with the environment that an RDMA program needs."""
-        environment = {**os.environ, "LD_PRELOAD": str(build.path("bridge")), "SYSFS_PATH": f"{RUN}/sys"}
-        return OwnProgram(self.space.enter(*words), environment)
+        return OwnProgram(self.space.enter(*words), self.space.environment())
 
     def read(self, path: str) -> str:
         """The text of a file there."""
         if path.startswith("/proc/net/"):
-            path = f"/proc/{self.space.pid}/net/{path.removeprefix('/proc/net/')}"
+            outside = Path(f"/proc/{self.space.pid}/net/{path.removeprefix('/proc/net/')}")
         else:
-            path = f"/proc/{self.space.pid}/root{path}"
+            outside = self.space.path(path)
         try:
-            return Path(path).read_text()
+            return outside.read_text()
         except OSError:
             return ""
 
@@ -285,5 +232,4 @@ class OwnEnd(End):
 
     def close(self) -> None:
         """End the NIC and let the namespaces go."""
-        self.stop_nic()
         self.space.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from .guest.image import Image
 RELAY = Path(__file__).with_name("relay.py")
 MTUS = {1024: 1500, 4096: 9000}
 """Path MTU -> MTU of the interface that gives it."""
+_MEET_SECONDS = 30.0
 
 
 class Cable:
@@ -80,10 +82,16 @@ class Lab:
                 end.set_mtu(MTUS[mtu])
 
     def meet(self) -> None:
-        """Both know each other's MAC, as after any traffic: a first datagram must not be lost to that."""
+        """Both know each other's MAC, as after any traffic: a first datagram must not be lost to that.
+
+        Raises EnvironmentProblem if they cannot.
+        """
         for end, other in ((self.a, self.b), (self.b, self.a)):
             for address in (other.ip4, other.ip6):
-                end.run("ping", "-c", "1", "-W", "2", address, timeout=5)
+                deadline = time.monotonic() + _MEET_SECONDS
+                while (said := end.run("ping", "-c", "1", "-W", "2", address, timeout=5))[0] != 0:
+                    if time.monotonic() > deadline:
+                        raise EnvironmentProblem(f"{end.name} does not reach {address}: {said[1].strip()}")
 
     def ends(self, direction: str) -> tuple[End, End]:
         """(server, client) for a direction `client>server`: ours>rxe, rxe>ours, ours>ours."""
@@ -115,7 +123,8 @@ def lab(image: Image | None) -> Iterator[Lab]:
         a.configure()
         for port in ("left", "right"):
             middle.do("sysctl", "-qw", f"net.ipv6.conf.{port}.disable_ipv6=1")
-            middle.do("ip", "link", "set", port, "mtu", "9000", "up")
+            # QEMU reads frames one by one: a message of UC, which nobody sends again, must fit into the queue at once.
+            middle.do("ip", "link", "set", port, "mtu", "9000", "txqueuelen", "10000", "up")
         cable = Cable(middle)
         stack.callback(cable.close)
         yield Lab(a, b, cable)

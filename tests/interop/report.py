@@ -38,7 +38,7 @@ def line(console: Console, number: int, total: int, entry: dict[str, Any]) -> No
     if not entry["ok"]:
         console.print(f"               {entry['reason']}", style="red", highlight=False, markup=False)
     elif entry["first_try"]:
-        console.print(f"               second try; the first: {entry['first_try']}", highlight=False, markup=False)
+        console.print(f"               a later try; the first: {entry['first_try']}", highlight=False, markup=False)
 
 
 def _cell(entries: Iterable[dict[str, Any]]) -> str:

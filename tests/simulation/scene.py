@@ -8,19 +8,9 @@ from typing import Any
 
 from traffic import MEMORY, Direction, Op
 
-from softroce_ext.simulation.world import (
-    ALL_ACCESS,
-    End,
-    Host,
-    Link,
-    World,
-    connect,
-    end,
-    ip,
-    mac,
-    path_between,
-    to_rts,
-)
+from softroce_ext.simulation.hosts import ALL_ACCESS, End, Host, connect, end, ip, mac, path_between, to_rts
+from softroce_ext.simulation.link import Link
+from softroce_ext.simulation.world import World
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.qp import QueuePair
@@ -62,10 +52,10 @@ def restore(world: World, old: End, plain: dict[str, Any], host: Host, *, keep_a
     address = context.path.source_ip if keep_address else ip(100 + len(world.location))
     path = context.path.replace(source_mac=mac(host.number), source_ip=address)
     # The application's memory and queues move with its process: the same objects serve.
-    qp = QueuePair(context, old.sq, old.rq, old.scq, old.rcq, old.pd, path, old.events)
+    qp = QueuePair(context, old.sq, old.rq, old.scq, old.rcq, old.pd, None, old.events)
     host.engine.add_qp(qp)
     world.location[address] = host
-    qp.resume()
+    qp.resume(path)
     old.qp, old.host = qp, host
     return old
 
@@ -147,3 +137,11 @@ def one_sided(scene_link: Link | None = None) -> tuple[World, End, End, Host]:
         }
     )  # fmt: skip
     return World(*hosts, link=scene_link or Link(spacing=1e-6)), a, b, hosts[2]
+
+
+def idle(config: EngineConfig | None = None) -> tuple[World, End, End, Host]:
+    """A connection on which nothing was ever sent; `config` is that of the end `a`. Host 3 is free."""
+    hosts = [Host(1, config), Host(2), Host(3)]
+    a, b = end(hosts[0], 17, MEMORY), end(hosts[1], 65553, MEMORY)
+    connect(a, b, path_mtu=256)
+    return World(*hosts), a, b, hosts[2]

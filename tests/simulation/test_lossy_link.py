@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from traffic import MEMORY, Direction, Op
 
-from softroce_ext.simulation.world import ByteSink, Host, Link, World, connect, end
+from softroce_ext.simulation.hosts import ByteSink, Host, connect, end
+from softroce_ext.simulation.link import Link
+from softroce_ext.simulation.world import World
 from softroce_ext.transport.verbs import WrOpcode
 
 KINDS = (

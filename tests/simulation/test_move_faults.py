@@ -6,25 +6,24 @@ import random
 
 import pytest
 from scene import (
+    BACK,
     FORTH,
     STEPS,
     Scene,
     frames_of,
+    idle,
     is_nak_stopped,
     is_resume,
     is_resume_ack,
     migrate,
     one_sided,
+    restore,
 )
 from traffic import Direction, Op
 
-from softroce_ext.simulation.world import (
-    BASE,
-    ByteSink,
-    Host,
-    Link,
-    ip,
-)
+from softroce_ext.simulation.hosts import BASE, ByteSink, Host, ip
+from softroce_ext.simulation.link import Link
+from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus, WrOpcode
 from softroce_ext.wire.headers import BTH_AETH, MIGROS_CAPABLE
 
@@ -70,6 +69,46 @@ def test_a_lost_resume_on_an_idle_connection_is_sent_again() -> None:
     assert scene.a.scq.entries[0].status == WcStatus.SUCCESS
     assert len(frames_of(scene.world, is_resume)) == 3
     assert more.sent[0].data == scene.b.ram.data[more.sent[0].address - BASE :][:5000]
+
+
+@pytest.mark.parametrize("first", ["mover", "partner"])
+def test_a_connection_that_was_never_used_moves_to_another_address(first: str) -> None:
+    """Nothing has ever come from the partner: it is sent RESUME all the same, learns the address, and is known."""
+    world, a, b, free = idle()
+    b.qp.stop()
+    migrate(world, b, free, keep_address=False)
+    assert b.qp.resume_settled, "nobody waits for an answer that may not come"
+    world.settle(1)
+    assert not b.context.resume_pending and b.context.peer_migros
+    direction = Direction(a, b, BACK, 7) if first == "partner" else Direction(b, a, BACK, 7)
+    world.run(direction.done, limit=1)
+    direction.check_end()
+    assert a.host.engine.counters["rcvd_resume"] == 1
+
+
+def test_a_partner_that_does_not_know_resume_is_left_alone_after_a_time() -> None:
+    """A stock NIC drops it; nothing fails for that."""
+    world, _, b, free = idle(EngineConfig(migros=False))
+    b.qp.stop()
+    migrate(world, b, free, keep_address=False)
+    world.settle(100)
+    assert 60 < len(frames_of(world, is_resume)) < 80
+    assert (b.context.state, b.context.resume_pending, b.events.seen) == (QpState.RTS, False, [])
+
+
+def test_the_first_packet_ever_comes_after_the_dump() -> None:
+    """The source tells the partner to wait, and the new place knows nothing of it: the partner asks by itself."""
+    world, a, b, free = idle()
+    b.qp.stop()
+    plain = b.context.to_plain()
+    direction = Direction(a, b, FORTH, 7)
+    world.settle(0.2)
+    assert a.context.paused
+    b.host.engine.remove_qp(b.context.qpn)
+    restore(world, b, plain, free)
+    world.run(direction.done, limit=1)
+    direction.check_end()
+    assert not frames_of(world, is_resume)
 
 
 def test_a_paused_partner_spends_no_retry_and_waits() -> None:

@@ -23,11 +23,8 @@ from scene import (
 )
 from traffic import Direction
 
-from softroce_ext.simulation.world import (
-    BASE,
-    End,
-    Link,
-)
+from softroce_ext.simulation.hosts import BASE, End
+from softroce_ext.simulation.link import Link
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
@@ -49,8 +46,6 @@ def test_move_at_every_step(step: int, mover: str, keep_address: bool) -> None:
     moving = scene.a if mover == "requester" else scene.b
     moving.qp.stop()
     scene.step(step % 7)  # sometimes the partner hears of it, sometimes not
-    # A partner that has never been heard cannot be known to speak MigrOS: it can be found at the same address only.
-    keep_address = keep_address or not moving.context.peer_migros
     migrate(scene.world, moving, scene.hosts[2], keep_address=keep_address)
     scene.finish()
     if moving.context.peer_migros and frames_of(scene.world, is_resume):
@@ -209,7 +204,7 @@ def test_an_end_in_rtr_moves(step: int, keep_address: bool, lost: int) -> None:
     b.qp.stop()
     for _ in range(step % 5):
         world.step()
-    migrate(world, b, free, keep_address=keep_address or not b.context.peer_migros)
+    migrate(world, b, free, keep_address=keep_address)
     world.run(direction.done, limit=10)
     world.settle(3)
     direction.check_end()

@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from softroce_ext.simulation.world import BASE, End, Sge, Wc
+from softroce_ext.simulation.hosts import BASE, End, Sge, Wc
 from softroce_ext.transport.verbs import SendFlag, WcFlag, WcOpcode, WrOpcode
 
 SOURCE, RECEIVED, WRITTEN, READ_INTO, READ_FROM, COUNTER = (BASE + part * (1 << 16) for part in range(6))

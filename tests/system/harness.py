@@ -63,18 +63,19 @@ class Run:
         return result
 
     def events(self) -> list[dict[str, Any]]:
-        """events.jsonl so far."""
+        """events.jsonl so far. Its last line may be half written: the run goes on."""
         files = list((self.folder / "r").glob("*/*/events.jsonl"))
-        return [json.loads(line) for line in files[0].read_text().splitlines()] if files else []
+        return [json.loads(line) for line in files[0].read_text().split("\n")[:-1]] if files else []
 
     def wait_for(self, condition: Callable[[dict[str, Any]], bool], timeout: float = 60.0) -> dict[str, Any]:
         """The first event that fulfils `condition`."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
+            ended = self.process.poll() is not None  # before the look: its last events count too
             for event in self.events():
                 if condition(event):
                     return event
-            if self.process.poll() is not None:
+            if ended:
                 self.finish()
                 raise AssertionError(f"the run ended with {self.process.returncode}:\n{self.stderr}")
             time.sleep(0.05)

@@ -1,50 +1,31 @@
-"""Two virtual hosts for tests of the NIC alone: network and mount namespaces joined by a veth pair.
-
-Each host has a private tmpfs at /run/migros, an address, and (after `start_nic`) a NIC. Everything is found by the
-process ids of two holders that this module starts and ends; nothing has a machine-wide name.
-"""
+"""Two virtual hosts for tests of the NIC alone, joined by a veth pair."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from softroce_ext.control import ControlClient
-from softroce_ext.native import build
+from tests.nic_host import RUN, NicHost
 
-RUN = "/run/migros/nic"
+__all__ = ["PORT", "RUN", "TOO_EARLY", "Host", "finish", "hosts", "nics", "pair", "until"]
+
 PORT = 18515
 """TCP port of perftest and of libibverbs' examples, where none is given."""
-HOLD = "mkdir -p /run/migros && mount -t tmpfs tmpfs /run/migros && echo up && exec sleep infinity"
+TOO_EARLY = "RDMA_CM_EVENT_REJECTED; error: 8"
+"""What a client of perftest -R says that has met its server between two listeners. The server closes the one by which
+they have agreed on the test and opens one for the test itself, and does not say when: a race of perftest's own."""
 
 
-class Host:
-    """One virtual host: `number` k has addresses 10.9.0.k (GID index 1) and fd09::k (index 2) on interface eth0."""
+class Host(NicHost):
+    """One virtual host (`NicHost`), and programs in it."""
 
     def __init__(self, number: int) -> None:
-        self.number = number
-        self.ip = f"10.9.0.{number}"
-        self.ip6 = f"fd09::{number}"
-        self.nic: subprocess.Popen[str] | None = None
-        self._holder = subprocess.Popen(
-            ["unshare", "--net", "--mount", "sh", "-c", HOLD], stdout=subprocess.PIPE, text=True
-        )
-        assert self._holder.stdout is not None
-        assert self._holder.stdout.readline() == "up\n", "the namespaces could not be made (root is needed)"
-
-    @property
-    def pid(self) -> int:
-        """The holder's process id."""
-        return self._holder.pid
-
-    def enter(self, *words: str) -> list[str]:
-        """A command line that runs `words` inside."""
-        return ["nsenter", "-t", str(self.pid), "-n", "-m", f"--wd={os.getcwd()}", *words]
+        super().__init__(number, prefix=())
+        self._programs: list[subprocess.Popen[str]] = []
 
     def run(self, *words: str, timeout: float = 60, program: bool = False) -> subprocess.CompletedProcess[str]:
         """Run to the end; program: with the environment that an RDMA program needs."""
@@ -53,15 +34,25 @@ class Host:
             self.enter(*words), capture_output=True, text=True, timeout=timeout, env=environment, check=False
         )
 
-    def environment(self) -> dict[str, str]:
-        """What makes stock rdma-core find the NIC."""
-        return {**os.environ, "LD_PRELOAD": str(build.path("bridge")), "SYSFS_PATH": f"{RUN}/sys"}
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, stdin: int | None = None) -> subprocess.Popen[str]:
         """Start an RDMA program; its output is collected."""
-        return subprocess.Popen(
-            self.enter(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment()
-        )
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        program = subprocess.Popen(self.enter(*words), stdin=stdin, **output, text=True, env=self.environment())
+        self._programs.append(program)
+        return program
+
+    def close(self) -> None:
+        """End what a failed test has left running, which would take the processor from those after it, and the host."""
+        for program in self._programs:
+            if program.poll() is None:
+                program.kill()
+                program.wait()
+        super().close()
+
+    def received(self) -> int:
+        """Frames that the NIC has received."""
+        with self.control() as control:
+            return int(control.call("counters")["counters"]["rx_packets"])
 
     def wait_for_listener(self, port: int, program: subprocess.Popen[str], timeout: float = 30) -> None:
         """Until something listens on TCP `port`, or `program` has ended: these programs do not say when they listen."""
@@ -74,51 +65,15 @@ class Host:
                         return
             time.sleep(0.01)
 
-    def start_nic(self, *options: str) -> None:
-        """Start this host's NIC and wait until it is ready."""
-        words = [
-            sys.executable,
-            "-m",
-            "softroce_ext",
-            "--interface",
-            "eth0",
-            "--address",
-            self.ip,
-            "--address",
-            self.ip6,
-        ]
-        words += ["--run-dir", RUN, "--number-base", str(self.number), *options]
-        self.nic = subprocess.Popen(self.enter(*words), stdout=subprocess.PIPE, text=True)
-        assert self.nic.stdout is not None
-        line = self.nic.stdout.readline()
-        assert line == "ready\n", f"the NIC did not start: {line!r}"
-
-    def path(self, inside: str) -> Path:
-        """The path outside of a file inside."""
-        return Path(f"/proc/{self.pid}/root{inside}")
-
-    def control(self) -> ControlClient:
-        """The NIC's management socket."""
-        return ControlClient(self.path(f"{RUN}/control.sock"))
-
-    def stop_nic(self, kill: bool = False) -> int:
-        """End the NIC; returns its exit code."""
-        assert self.nic is not None
-        (self.nic.kill if kill else self.nic.terminate)()
-        code = self.nic.wait(timeout=20)
-        if self.nic.stdout is not None:
-            self.nic.stdout.close()
-        self.nic = None
-        return code
-
-    def close(self) -> None:
-        """End the NIC and the namespaces."""
-        if self.nic is not None:
-            self.stop_nic()
-        self._holder.kill()
-        self._holder.wait()
-        if self._holder.stdout is not None:
-            self._holder.stdout.close()
+    def wait_for_cm_listener(self, program: subprocess.Popen[str], timeout: float = 30) -> None:
+        """The same for a program that listens by rdma_cm, whose ports are in no table of the kernel's."""
+        deadline = time.monotonic() + timeout
+        with self.control() as control:
+            while program.poll() is None and time.monotonic() < deadline:
+                files = control.call("status")["rdma_cm"]
+                if any(i["state"] == "LISTEN" for file in files if file["pid"] == program.pid for i in file["ids"]):
+                    return
+                time.sleep(0.01)
 
 
 @contextmanager
@@ -129,14 +84,7 @@ def hosts(mtu: int = 9000) -> Iterator[tuple[Host, Host]]:
         cable = f"ip link add eth0 netns {first.pid} type veth peer name eth0 netns {second.pid}"
         subprocess.run(cable.split(), check=True)
         for host in (first, second):
-            for words in (
-                ["ip", "link", "set", "lo", "up"],
-                ["ip", "link", "set", "eth0", "mtu", str(mtu), "up"],
-                ["ip", "address", "add", f"{host.ip}/24", "dev", "eth0"],
-                ["ip", "address", "add", f"{host.ip6}/64", "dev", "eth0", "nodad"],
-                ["ethtool", "-K", "eth0", "tx", "off", "gso", "off", "gro", "off"],
-            ):
-                subprocess.run(host.enter(*words), check=True, stdout=subprocess.DEVNULL)
+            host.configure(mtu)
         yield first, second
     finally:
         first.close()
@@ -182,3 +130,11 @@ def pair(
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def until(true: Callable[[], Any], what: str, timeout: float = 20) -> None:
+    """Wait for a state of the world."""
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, f"still not: {what}"
+        time.sleep(0.02)

@@ -45,8 +45,8 @@ TOPOLOGY = {
     "switches": ["s1"],
     "links": [["h1", "s1"], ["h2", "s1"], ["h3", "s1"]],
     "apps": {
-        "server": {"host": "h2", "command": "ibv_rc_pingpong -g 1 -n 1500 -c"},
-        "client": {"host": "h1", "command": "ibv_rc_pingpong -g 1 -n 1500 -c {server.ip}", "after": "server"},
+        "server": {"host": "h2", "command": "ibv_rc_pingpong -g 1 -n 4000 -c"},
+        "client": {"host": "h1", "command": "ibv_rc_pingpong -g 1 -n 4000 -c {server.ip}", "after": "server"},
     },
     "migrations": [{"app": "server", "to": "h3", "at": "64KiB", "address": "keep"}],
 }
@@ -178,9 +178,12 @@ class TestRun:
 
     def test_each_host_says_what_belongs_to_it(self, run: dict[str, Any]) -> None:
         """After the RESUME, the server's packets come from h3's NIC alone; h2 stays silent."""
-        resume = next(f for f in captured(run, "h3") if f.opcode == RESUME)
-        assert all(f.time <= resume.time for f in captured(run, "h2"))
-        assert all(f.time >= resume.time for f in captured(run, "h3"))
+        # Not what they hear: a frame of the client may reach h2 late, or h3 already, on a machine that is slow.
+        old, new = ([f for f in captured(run, host) if f.source == "10.0.0.2"] for host in ("h2", "h3"))
+        resume = next(f for f in new if f.opcode == RESUME)
+        assert old and all(f.time <= resume.time for f in old)
+        stopped = [f for f in new if f.opcode == ACKNOWLEDGE and f.syndrome == NAK_STOPPED]
+        assert all(f.time >= resume.time for f in new if f not in stopped)
 
 
 @pytest.mark.system

@@ -7,6 +7,7 @@ before and is not the run's still does; a live run is left alone.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -84,19 +85,20 @@ def running(tmp_path: Path) -> Iterator[Running]:
 def decoys() -> Iterator[list[str]]:
     """Things like ours that are not ours: a veth pair named as Mininet does, a bridge, a process."""
     sleeper = subprocess.Popen(["sleep", "300"], env={"PATH": os.environ["PATH"]})
-    subprocess.run(["ip", "link", "add", "d9-eth1", "type", "veth", "peer", "name", "d9-eth2"], check=True)
-    subprocess.run(["ovs-vsctl", "add-br", "d9", "--", "set", "bridge", "d9", "datapath_type=netdev"], check=True)
+    name = f"d{secrets.randbelow(1 << 24)}"  # another session of these tests may run beside this one
     try:
-        yield ["link d9-eth1", "link d9-eth2", "ovs_bridge d9", f"process {sleeper.pid}"]
+        subprocess.run(["ip", "link", "add", f"{name}-eth1", "type", "veth", "peer", f"{name}-eth2"], check=True)
+        subprocess.run(["ovs-vsctl", "add-br", name, "--", "set", "bridge", name, "datapath_type=netdev"], check=True)
+        yield [f"link {name}-eth1", f"link {name}-eth2", f"ovs_bridge {name}", f"process {sleeper.pid}"]
     finally:
-        subprocess.run(["ovs-vsctl", "--if-exists", "del-br", "d9"], check=True)
-        subprocess.run(["ip", "link", "delete", "d9-eth1"], check=True)
+        subprocess.run(["ovs-vsctl", "--if-exists", "del-br", name], check=True)
+        subprocess.run(["ip", "link", "delete", f"{name}-eth1"], check=False)
         sleeper.kill()
         sleeper.wait()
 
 
 def there(thing: str) -> bool:
-    """`link d9-eth1`, `process 77` exist."""
+    """`link d9-eth1`, `process 77`: whether it exists."""
     kind, what = thing.split(" ")
     return state.start_time(int(what)) is not None if kind == "process" else state.exists(kind, what)
 

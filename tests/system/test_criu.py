@@ -96,13 +96,14 @@ def start_counter(lab: Lab, folder: Path) -> None:
     wait_for(lambda: lab.read("a", "/run/migros/apps/counter/stdout").count("\n") > 20)
 
 
-def start_echo(lab: Lab, seconds: float) -> None:
+def start_echo(lab: Lab) -> None:
+    """A server at the moving address, and a client that talks with it until `echo_ends_well`."""
     server = [*PYTHON, programs.ECHO_SERVER, ADDRESS]
     lab.hosts["a"].call("start_app", name="server", argv=server, rdma=False)
     assert lab.hosts["a"].call("wait_app_ready", name="server", patience=10)["listening"] == [7777]
-    client = [*PYTHON, programs.ECHO_CLIENT, ADDRESS, str(seconds)]
+    client = [*PYTHON, programs.ECHO_CLIENT, ADDRESS]
     lab.hosts["p"].call("start_app", name="client", argv=client, rdma=False)
-    time.sleep(0.5)
+    wait_for(lambda: "talking" in lab.read("p", "/run/migros/apps/client/stderr"), 30)
 
 
 def wait_for(true: Callable[[], bool], timeout: float = 10.0) -> None:
@@ -113,7 +114,9 @@ def wait_for(true: Callable[[], bool], timeout: float = 10.0) -> None:
 
 
 def echo_ends_well(lab: Lab) -> None:
-    """Both ends of the connection are content."""
+    """The connection goes on, and both its ends are content when the client ends it."""
+    time.sleep(0.3)
+    lab.hosts["p"].call("signal_app", name="client", signal="SIGTERM")
     client = lab.wait_event("app_exited", app="client", timeout=60)
     assert client.get("code") == 0, lab.read("p", "/run/migros/apps/client/stderr")
     assert lab.wait_event("app_exited", app="server", timeout=20).get("code") == 0
@@ -165,7 +168,7 @@ def test_a_counter_moves_there_and_back_and_there(lab: Lab, tmp_path: Path) -> N
 
 
 def test_an_established_connection_moves_in_mid_traffic(lab: Lab) -> None:
-    start_echo(lab, 3.0)
+    start_echo(lab)
     move(lab, "server", "a", "b", ADDRESS)
     nothing_left(lab, "a")
     time.sleep(0.3)
@@ -184,7 +187,7 @@ def test_a_criu_that_cannot_restore(lab: Lab, tmp_path: Path) -> None:
     wrong.chmod(0o755)
     lab.hosts["b"].close()
     lab.start_agent("b", {"TESTBED_CRIU": str(wrong)})
-    start_echo(lab, 3.0)
+    start_echo(lab)
     name, offer = prepare(lab, "server", "a", "b")
     arriving = arrive(lab, name, "b", ADDRESS)
     send(lab, name, "server", "a", "b", offer)
@@ -208,7 +211,7 @@ def test_a_criu_that_is_none_is_refused_before_anything_is_frozen(lab: Lab, tmp_
 
 def test_a_full_disk_at_the_destination(lab: Lab) -> None:
     lab.inside("b", "sh", "-c", "mkdir /run/migros/migrate && mount -t tmpfs -o size=2m full /run/migros/migrate")
-    start_echo(lab, 3.0)
+    start_echo(lab)
     name, offer = prepare(lab, "server", "a", "b")
     arriving = arrive(lab, name, "b", ADDRESS)
     with pytest.raises(RunFailed, match="No space left on device"):
@@ -225,12 +228,10 @@ def test_the_destination_dies_in_mid_transfer(lab: Lab) -> None:
     wait_for(lambda: lab.read("a", "/run/migros/apps/counter/stdout").count("\n") > 5)
     name, offer = prepare(lab, "counter", "a", "b")
     arrive(lab, name, "b", None)
-    agent = int(lab.hosts["b"].about["pid"])
+    os.kill(agent := int(lab.hosts["b"].about["pid"]), signal.SIGSTOP)  # the transfer cannot end before the agent does
     sending = lab.hosts["a"].begin(
         "migrate_send", migration=name, app="counter", address=NODES["b"], port=offer["port"], token=offer["token"]
     )
-    lab.wait_event("migration_phase", phase="dump_process", migration=name)
-    os.kill(agent, signal.SIGSTOP)  # so that the transfer cannot end before the agent does
     began = lab.wait_event("migration_phase", phase="transfer", migration=name)
     assert "ended" not in began
     time.sleep(0.2)

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 
 import pytest
-from nic_pair import Host, finish, nics
+from nic_pair import RUN, TOO_EARLY, Host, finish, nics, until
 
-from softroce_ext.control import ControlError
+from softroce_ext.uverbs.hw_counters import FRESHNESS
 
 DATA = "rdma-ping-{}: "
-
-
-def until_bound(host: Host, program: subprocess.Popen[str]) -> None:
-    """Give a server time to listen: rdma_cm's ports are not in the host's tables, so its trace is asked."""
-    deadline = time.monotonic() + 20
-    while program.poll() is None and time.monotonic() < deadline:
-        text = host.path("/run/migros/trace").read_text() if host.path("/run/migros/trace").exists() else ""
-        if any("LISTEN" in line and "error=0" in line for line in text.splitlines()):
-            return
-        time.sleep(0.02)
 
 
 def settled(*hosts: Host) -> None:
@@ -34,13 +23,17 @@ def settled(*hosts: Host) -> None:
 
 def both(server: list[str], client: list[str], timeout: float = 60) -> tuple[tuple[int, str], tuple[int, str]]:
     """Run a server on the first host and a client on the second; (exit code, output) of each."""
-    with nics("--trace", "/run/migros/trace") as (first, second):
+    with nics() as (first, second):
         settled(first, second)
-        listening = first.start(*server)
-        until_bound(first, listening)
-        calling = second.start(*client)
-        result = finish(calling, timeout)
-        return finish(listening, timeout if result[0] == 0 else 3), result
+        for _ in range(5):
+            listening = first.start(*server)
+            first.wait_for_cm_listener(listening)
+            calling = second.start(*client)
+            result = finish(calling, timeout)
+            ends = finish(listening, timeout if result[0] == 0 else 3), result
+            if TOO_EARLY not in result[1]:
+                break
+    return ends
 
 
 IPV4 = ("10.9.0.1", "10.9.0.2")
@@ -122,15 +115,19 @@ def test_perftest_over_rdma_cm(program: str) -> None:
 
 
 def test_qperf() -> None:
+    """Its server tells the client the port and listens 2 ms later, so a client may come too early: tried again then."""
     with nics() as (first, second):
         server = first.start("qperf")
         first.wait_for_listener(19765, server)
-        code, output = finish(second.start("qperf", first.ip, "-t", "1", "-cm1", "rc_lat", "rc_bw", "rc_rdma_read_bw"))
+        for test in ("rc_lat", "rc_bw", "rc_rdma_read_bw"):
+            for _ in range(5):
+                code, output = finish(second.start("qperf", first.ip, "-t", "1", "-cm1", test))
+                if "Event rejected" not in output:
+                    break
+            assert code == 0, output
+            assert output.count("latency  =" if test == "rc_lat" else "bw  =") == 1
         server.terminate()
         finish(server)
-    assert code == 0, output
-    assert output.count("latency  =") == 1
-    assert output.count("bw  =") == 2
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -155,9 +152,9 @@ def test_no_such_host() -> None:
 
 
 def test_port_in_use_and_foreign_address() -> None:
-    with nics("--trace", "/run/migros/trace") as (first, _):
+    with nics() as (first, _):
         holder = first.start("rping", "-s", "-a", first.ip)
-        until_bound(first, holder)
+        first.wait_for_cm_listener(holder)
         code, output = finish(first.start("rping", "-s", "-a", first.ip))
         assert code != 0
         assert "Address already in use" in output
@@ -167,16 +164,14 @@ def test_port_in_use_and_foreign_address() -> None:
         holder.kill()
         finish(holder)
         again = first.start("rping", "-s", "-a", first.ip)  # the port is free again
-        time.sleep(0.5)
-        assert again.poll() is None
-        again.kill()
-        finish(again)
+        first.wait_for_cm_listener(again)
+        assert again.poll() is None, finish(again)
 
 
 def test_both_ends_on_one_nic() -> None:
-    with nics("--trace", "/run/migros/trace") as (first, _):
+    with nics() as (first, _):
         server = first.start("rping", "-s", "-v", "-V", "-C", "3", "-a", first.ip)
-        until_bound(first, server)
+        first.wait_for_cm_listener(server)
         client = finish(first.start("rping", "-c", "-v", "-V", "-C", "3", "-a", first.ip))
         assert client[0] == 0, client[1]
         assert finish(server)[0] == 0
@@ -185,11 +180,11 @@ def test_both_ends_on_one_nic() -> None:
 @pytest.mark.parametrize("victim", ["client", "server"])
 def test_killed_peer(victim: str) -> None:
     """A program that is killed disconnects: its peer hears it at once and not by a timeout."""
-    with nics("--trace", "/run/migros/trace") as (first, second):
-        server = first.start("rping", "-s", "-v", "-a", first.ip)
-        until_bound(first, server)
-        client = second.start("rping", "-c", "-v", "-C", "1000000", "-a", first.ip)
-        time.sleep(1.5)
+    with nics() as (first, second):
+        server = first.start("rping", "-s", "-a", first.ip)
+        first.wait_for_cm_listener(server)
+        client = second.start("rping", "-c", "-C", "1000000", "-a", first.ip)
+        until(lambda: first.received() > 300, "traffic")
         assert server.poll() is None
         assert client.poll() is None
         killed, survivor = (client, server) if victim == "client" else (server, client)
@@ -204,12 +199,13 @@ def test_killed_peer(victim: str) -> None:
 
 def test_request_is_repeated_until_the_peer_is_there() -> None:
     """The peer's NIC is gone when the REQ is sent; the repeat after about 6 s finds it and its program."""
-    with nics("--trace", "/run/migros/trace") as (first, second):
+    with nics() as (first, second):
         first.stop_nic(kill=True)
-        started = time.monotonic()
         client = second.start("rping", "-c", "-v", "-V", "-C", "2", "-a", first.ip)
-        time.sleep(1)
-        first.start_nic("--trace", "/run/migros/trace2")
+        with second.control() as control:
+            until(lambda: control.call("counters")["counters"].get("cm_tx_msgs/req"), "a REQ")
+        started = time.monotonic()
+        first.start_nic()
         server = first.start("rping", "-s", "-v", "-V", "-C", "2", "-a", first.ip)
         code, output = finish(client, 40)
         assert code == 0, output
@@ -217,14 +213,28 @@ def test_request_is_repeated_until_the_peer_is_there() -> None:
         assert finish(server)[0] == 0
 
 
-def test_a_program_with_rdma_cm_is_not_moved() -> None:
-    """`hold` refuses before it has stopped anything, so the program runs on."""
-    with nics("--trace", "/run/migros/trace") as (first, second):
+def test_messages_are_counted_as_the_kernel_counts_them() -> None:
+    """One connection and its end, without loss: each message once at each end, in the files below ports/1."""
+    with nics() as (first, second):
         server = first.start("rping", "-s", "-a", first.ip)
-        until_bound(first, server)
+        first.wait_for_cm_listener(server)
         client = second.start("rping", "-c", "-v", "-V", "-C", "3", "-a", first.ip)
-        (pid,) = {context["pid"] for context in first.control().call("status")["contexts"]} or {server.pid}
-        with pytest.raises(ControlError, match="rdma_cm"):
-            first.control().call("hold", pids=[pid, server.pid])
         assert finish(client)[0] == 0
         finish(server)
+        time.sleep(2 * FRESHNESS)
+        sent = {"req": (0, 1), "rep": (1, 0), "rtu": (0, 1), "mra": (0, 0), "sidr_req": (0, 0)}
+        wanted = {f"cm_tx_msgs/{name}": ends for name, ends in sent.items()}
+        wanted |= {f"cm_rx_msgs/{name}": ends[::-1] for name, ends in sent.items()}
+        wanted |= {f"cm_tx_retries/{name}": (0, 0) for name in sent}
+
+        def shown() -> dict[str, tuple[int, ...]]:
+            files = {name: f"{RUN}/sys/class/infiniband/rxe0/ports/1/{name}" for name in wanted}
+            return {
+                name: tuple(int(host.path(file).read_text()) for host in (first, second))
+                for name, file in files.items()
+            }
+
+        deadline = time.monotonic() + 5  # a NIC that has no processor writes later
+        while shown() != wanted and time.monotonic() < deadline:
+            time.sleep(FRESHNESS)
+        assert shown() == wanted

@@ -128,8 +128,8 @@ def test_killed_run_is_cleaned_and_nothing_else(tmp_path: Path) -> None:
     survivor = Run(tmp_path / "other", WAITING)
     run = Run(tmp_path, WAITING)
     try:
-        for each in (survivor, run):
-            each.wait_for(lambda e: e["event"] == "app_started" and e["app"] == "server")
+        for each in (survivor, run):  # until nothing starts any more: what an agent forks looks like one for a moment
+            each.wait_for(lambda e: e["event"] == "stage" and e["name"] == "running")
         made, alive = run.made(), survivor.made()
         agents = [pid for pid in made.processes if b"testbed.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         assert len(agents) == 2

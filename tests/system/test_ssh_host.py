@@ -7,6 +7,7 @@ the agent and all that it started go too.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -29,18 +30,20 @@ pytestmark = pytest.mark.system
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     folder = tmp_path_factory.mktemp("ssh")
     access = make_keys(folder / "keys")
+    # An address of its own: a port of 127.0.0.1 that is free now may be anybody's when sshd comes.
+    ip = f"127.{100 + secrets.randbelow(100)}.{secrets.randbelow(256)}.{1 + secrets.randbelow(250)}"
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((ip, 0))
         port = probe.getsockname()[1]
     # The folders above a test's own are not writable by root only, which sshd would insist on.
-    text = configuration(folder / "keys", "127.0.0.1", "ssh-test").replace(":22\n", f":{port}\n")
+    text = configuration(folder / "keys", ip, "ssh-test").replace(":22\n", f":{port}\n")
     (folder / "sshd_config").write_text(text.replace("StrictModes yes", "StrictModes no"))
     Path("/run/sshd").mkdir(exist_ok=True)  # Debian's own, made by its service; other runs may need it after us
     program = shutil.which("sshd") or "/usr/sbin/sshd"
     server = subprocess.Popen([program, "-D", "-e", "-f", folder / "sshd_config"], stderr=subprocess.DEVNULL)
     yield Address(
         name="h1",
-        address="127.0.0.1",
+        address=ip,
         port=port,
         interface="lo",
         key_file=access.key,
@@ -97,7 +100,7 @@ def test_wrong_client_key(address: Address, tmp_path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
     with pytest.raises(EnvironmentProblem, match="SSH login refused") as caught:
         Host.connect(replace(address, key_file=tmp_path / "key"))
-    assert caught.value.where == f"h1 (root@127.0.0.1:{address.port})"
+    assert caught.value.where == f"h1 (root@{address.address}:{address.port})"
 
 
 def test_impostor_host(address: Address, tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ def test_impostor_host(address: Address, tmp_path: Path) -> None:
 
 def test_nobody_listens(address: Address) -> None:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address.address, 0))
         with pytest.raises(EnvironmentProblem, match=r"no SSH connection within 0\.3 s") as caught:
             Host.connect(replace(address, port=probe.getsockname()[1]), timeout=0.3)
     assert "is sshd running" in str(caught.value.hint)

@@ -5,6 +5,7 @@ From the host: {"id": N, "start": [words], "environment": {}}, {"id": N, "input"
 Standard library only. It is process 1: if it ends, the guest ends.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -44,14 +45,14 @@ def main(device: str) -> None:
             with open(message["put"], "w") as file:
                 file.write(message["text"])
             tell(id=number, exit=0)
-        elif number in running:
-            if "kill" in message:
-                os.killpg(running[number].pid, message["kill"])
-            else:
-                stdin = running[number].stdin
-                assert stdin is not None
-                stdin.write(message["input"].encode())
-                stdin.flush()
+        elif (process := running.get(number)) is not None:
+            with contextlib.suppress(OSError):  # it is just ending: `follow` will tell how
+                if "kill" in message:
+                    os.killpg(process.pid, message["kill"])
+                else:
+                    assert process.stdin is not None
+                    process.stdin.write(message["input"].encode())
+                    process.stdin.flush()
 
     tell(ready=True)
     rest = b""

@@ -112,8 +112,10 @@ class Guest(End):
                 message = json.loads(line)
                 if "ready" in message:
                     self._ready.set()
+                elif (program := self._programs.get(message["id"])) is None:
+                    continue  # a late word about one that has ended must not end this thread
                 elif "output" in message:
-                    self._programs[message["id"]].feed(message["output"])
+                    program.feed(message["output"])
                 else:
                     self._programs.pop(message["id"]).feed(message["exit"])
         for program in list(self._programs.values()):
@@ -145,6 +147,10 @@ class Guest(End):
         """The text of a file there."""
         code, text = self.run("cat", path)
         return text if code == 0 else ""
+
+    def listens_cm(self) -> bool:
+        """As rdma(8) tells."""
+        return "LISTEN" in self.run("rdma", "resource", "show", "cm_id")[1]
 
     def sysfs(self) -> str:
         """Linux's own."""

@@ -17,6 +17,6 @@ def agent(tmp_path: Path) -> Iterator[tuple[Host, LocalTransport, list[dict[str,
     transport = LocalTransport(agent_argv(tmp_path))
     events: list[dict[str, object]] = []
     host = Host("h1", transport, lambda _name, event: events.append(dict(event)))
-    host.ready(10)
+    host.ready(60)
     yield host, transport, events
     host.close()

@@ -26,7 +26,7 @@ class LocalTransport:
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(data)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: closed at this end, as a real channel says by OSError
             raise ChannelClosed(str(error)) from error
 
     def complaints(self) -> str:
@@ -36,7 +36,7 @@ class LocalTransport:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def agent_argv(root: Path) -> list[str]:

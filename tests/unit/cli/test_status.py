@@ -32,6 +32,11 @@ STATUS: dict[str, Any] = {
         {"id": "1-0", "pid": os.getpid(), "inner_pid": 1, "held": False, "pds": 1, "mrs": 2, "mws": 0, "cqs": 1,
          "srqs": 0, "qps": [QP]}
     ],
+    "rdma_cm": [
+        {"id": "1-1", "pid": os.getpid(), "inner_pid": 1, "held": True, "events": 0, "ids": [
+            {"handle": 1048576, "state": "LISTEN", "source": "0.0.0.0:7174", "destination": None, "connection": None,
+             "groups": []}]}
+    ],
     "counters": {"sent_pkts": 5, "refused_icrc": 3, "sent_nak_stopped": 1, "tx_bytes": 9000},
     "hw_counters": {"sent_pkts": 5, "rcvd_pkts": 0},
 }  # fmt: skip

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from softroce_ext.cm.connection import (
     ON_TIMEOUT,
+    PATIENCE,
     RECEIVED,
     RETRIES,
     Connection,
@@ -191,6 +192,26 @@ def test_waiting_longer_for_an_mra() -> None:
     active.connect(REQUEST, b"", 0.0)
     active.receive(Message(Kind.MRA, 0, {"service_timeout": 20}), 1.0)
     assert active.deadline == pytest.approx(1.0 + ANSWER_TIME + 4.295, abs=0.001)
+
+
+def test_a_slow_program_s_peer_is_asked_for_patience() -> None:
+    """A REQ or REP that is repeated before the program has answered it gets an MRA, and the peer waits longer."""
+    ends = Ends()
+    ends.active.connect(REQUEST, b"", 0.0)
+    passive = Connection(0xB, 2 << 32)
+    (request,) = ends.active.outbox
+    passive.requested(request)
+    assert passive.receive(request, 7.0)
+    (mra,) = passive.outbox
+    assert (mra.kind, mra["message_mraed"], mra["service_timeout"]) == (Kind.MRA, 0, PATIENCE)
+    ends.active.receive(mra, 7.0)
+    assert ends.active.deadline == pytest.approx(7 + ANSWER_TIME + 68.72, abs=0.1)
+    passive.outbox.clear()
+    passive.reply(REPLY, b"", 8.0)
+    (reply,) = passive.outbox
+    assert ends.active.receive(reply, 8.0) and ends.active.receive(reply, 15.0)
+    assert ends.active.outbox[-1]["message_mraed"] == 1
+    assert passive.receive(ends.active.outbox[-1], 15.0)
 
 
 def test_table_names_handlers_and_waits_end() -> None:

@@ -30,13 +30,15 @@ class Lab:
         addressing = Addressing(MAC, lambda _ip: MAC)
         addressing.add(HERE)
         adapter = SimpleNamespace(
-            addressing=addressing, gids=addressing.gids, guid=bytes(8), mac=MAC, interface_mtu=9000
+            addressing=addressing, gids=addressing.gids, guid=bytes(8), mac=MAC, interface_mtu=9000, number_base=0
         )
         self.sent: list[m.Message] = []
         gsi = SimpleNamespace(on_mad=None, send=lambda _path, mad: self.sent.append(m.unpack(mad)))
-        self.cm = CommunicationManager(adapter, gsi, rng.randrange, lambda _ip: HERE)
+        self.cm = CommunicationManager(adapter, gsi, rng.randrange, lambda _to, _from: HERE)
         self.told = 0
-        self.file: Any = SimpleNamespace(queue=EventQueue(self._tell), read=lambda _address, length: bytes(length))
+        self.file: Any = SimpleNamespace(
+            queue=EventQueue(self._tell), read=lambda _address, length: bytes(length), guid=bytes(8)
+        )
         self.file.sibling = lambda _descriptor: self.file
 
     def _tell(self, count: int) -> None:
@@ -45,7 +47,7 @@ class Lab:
 
     def mad(self, mad: bytes, source: bytes = THERE) -> None:
         packet = SimpleNamespace(addresses=source + HERE, source_mac=MAC)
-        self.cm.on_mad(packet, 1, memoryview(mad), 0.0)
+        self.cm.incoming.on_mad(packet, 1, memoryview(mad), 0.0)
 
     def command(self, number: int, body: bytes, room: int = 400) -> bytes:
         return ucma.execute(self.cm, self.file, ucma.HEADER.pack(number, len(body), room) + body, 0.0)
@@ -81,10 +83,10 @@ def test_another_address_cannot_speak_for_a_connection() -> None:
     lab = Lab()
     lab.listener()
     lab.mad(mads("cm_rping")[0])
-    (connection,) = lab.cm.connections.values()
+    (connection,) = lab.cm.connections.by_id.values()
     ids = {"local_comm_id": connection.remote_id, "remote_comm_id": connection.local_id}
     lab.mad(m.Message(m.Kind.REJ, 0, ids | {"reason": 28}).pack(), bytes((10, 77, 0, 9)))
-    assert lab.cm.connections
+    assert lab.cm.connections.by_id
 
 
 def test_backlog_is_kept() -> None:

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6ND_NS, ICMPv6NDOptDstLLAddr, ICMPv6NDOptSrcLLAddr, IPv6
+from scapy.layers.l2 import Ether
 
 from testbed.controller import datapath, northbound
 from testbed.controller.arp import ArpFrame, reply_to
 from testbed.controller.client import ControllerClient
+from testbed.controller.discovery import Solicitation, advertise
 from testbed.controller.routes import RouteError
 from testbed.errors import RunFailed
 
@@ -187,3 +190,35 @@ def test_the_flow_cache_is_asked_and_errors_are_errors(tmp_path: Path) -> None:
 def test_without_ovs_there_is_no_flow_cache(tmp_path: Path) -> None:
     with pytest.raises(datapath.FlowCacheError, match="does not run"):
         datapath.control_socket(tmp_path)
+
+
+# -- neighbour discovery
+
+ASKED = IPv6(src="fd00::1", dst="ff02::1:ff00:2", hlim=255) / ICMPv6ND_NS(tgt="fd00::2")
+QUESTION = bytes(
+    Ether(src="02:00:00:00:00:01", dst="33:33:ff:00:00:02") / ASKED / ICMPv6NDOptSrcLLAddr(lladdr="02:00:00:00:00:01")
+)
+
+
+def test_a_solicitation_is_answered_as_rfc_4861_says() -> None:
+    question = Solicitation.parse(QUESTION)
+    assert question is not None and (question.sender_ip, question.target_ip) == ("fd00::1", "fd00::2")
+    answer = advertise(question, "02:00:00:00:00:02")
+    assert answer is not None
+    expected = (
+        Ether(src="02:00:00:00:00:02", dst="02:00:00:00:00:01")
+        / IPv6(src="fd00::2", dst="fd00::1", hlim=255)
+        / ICMPv6ND_NA(tgt="fd00::2", R=0, S=1, O=1)
+        / ICMPv6NDOptDstLLAddr(lladdr="02:00:00:00:00:02")
+    )
+    assert answer == bytes(expected)
+    assert advertise(question, "02:00:00:00:00:01") is None, "one who asks for an address of its own"
+
+
+def test_what_is_no_solicitation_is_none() -> None:
+    """Detection of duplicate addresses, another hop limit, another message, cut short, ARP."""
+    free = Ether(src="02:00:00:00:00:01") / IPv6(src="::", dst="ff02::1:ff00:2", hlim=255) / ICMPv6ND_NS(tgt="fd00::2")
+    routed, other = bytearray(QUESTION), bytearray(QUESTION)
+    routed[21], other[54] = 64, 136
+    for frame in (bytes(free), bytes(routed), bytes(other), QUESTION[:77], REQUEST, b""):
+        assert Solicitation.parse(frame) is None

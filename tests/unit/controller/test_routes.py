@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.controller.fabric import Attachment, Fabric, FabricError, Trunk
-from testbed.controller.routes import Change, Flow, RouteError, RouteTable, Stage, carry_out
+from testbed.controller.routes import Change, Flow, RouteError, RouteTable, Stage, carry_out, side_by_side
 
 ADDRESS = "10.0.0.1"
 
@@ -245,7 +245,7 @@ def test_a_new_address_is_announced_from_its_host_outwards() -> None:
         (lambda table: table.move(ADDRESS, "h2"), "has not been prepared"),
         (lambda table: table.path("h9", ADDRESS), "no host 'h9'"),
         (lambda table: table.announce(ADDRESS, "h2"), "is at h1 already"),
-        (lambda table: table.announce("ten", "h2"), "not an IPv4 address"),
+        (lambda table: table.announce("ten", "h2"), "not an IP address"),
     ],
 )
 def test_what_cannot_be_is_refused(ask: object, message: str) -> None:
@@ -330,3 +330,11 @@ def test_a_second_preparation_replaces_the_first() -> None:
     check_shortest(fabric, switches, ADDRESS, "h3")
     assert len(switches.flows) == len(fabric.switches) * len(fabric.addresses)
     assert _all(table.withdraw(ADDRESS)) == []
+
+
+def test_two_addresses_change_side_by_side() -> None:
+    """Stage by stage, in each address's own order; the longer one goes on alone."""
+    flows = [Change("added", Flow("s1", "10.0.0.1", priority, 1)) for priority in range(5)]
+    one, two = [(flows[0],), (flows[1],)], [(flows[2],), (flows[3],), (flows[4],)]
+    assert side_by_side(one, two) == [(flows[0], flows[2]), (flows[1], flows[3]), (flows[4],)]
+    assert Flow("s1", "fd00::2", 1, 1).match == ("ipv6_dst", "fd00::2")

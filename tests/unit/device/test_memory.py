@@ -7,6 +7,7 @@ Invariants: after `flush` memory is as if every write had been done in order; be
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softroce_ext.device import memory as memory_module
 from softroce_ext.device.memory import MAX_RANGES, SCRATCH, STAGING, ProcessMemory
 from softroce_ext.transport.interfaces import MemoryFault
 
@@ -114,8 +116,27 @@ def test_a_process_that_is_gone_is_a_fault(area: tuple[bytearray, int]) -> None:
             memory.flush()
 
 
-def test_accessible(area: tuple[bytearray, int]) -> None:
+def test_who_is_gone() -> None:
+    """A process without an address space: a zombie, or nobody; not one whose memory is merely not mapped there."""
+    assert not ProcessMemory(os.getpid()).gone()
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    assert ProcessMemory(child).gone()
+    os.waitpid(child, 0)
+    assert ProcessMemory(child).gone()
+
+
+@pytest.mark.parametrize("old_kernel", [False, True])
+def test_accessible(area: tuple[bytearray, int], old_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a registration checks: both ends mapped, and writable where that is asked."""
+    if old_kernel:
+
+        def refuse(maps: int, address: int) -> bool:
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+        monkeypatch.setattr(memory_module, "_query_writable", refuse)
     memory = ProcessMemory(os.getpid())
     assert memory.accessible(area[1], AREA, True)
     assert memory.accessible(0, 0, True)
@@ -124,3 +145,10 @@ def test_accessible(area: tuple[bytearray, int]) -> None:
         at = _address_of(readonly)
         assert memory.accessible(at, 4096, False)
         assert not memory.accessible(at, 4096, True)
+    with mmap.mmap(-1, 3 * 4096) as three:
+        at = _address_of(three)
+        assert memory.accessible(at, 3 * 4096, True)
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(at + 8192), 4096, mmap.PROT_READ) == 0
+        assert memory.accessible(at, 8192, True)
+        assert not memory.accessible(at, 3 * 4096, True), "its end may not be written"
+        assert memory.accessible(at, 3 * 4096, False)

@@ -85,12 +85,12 @@ def pd() -> ProtectionDomain:
 )
 def test_keys(pd: ProtectionDomain, key: int, address: int, length: int, access: int, opens: bool) -> None:
     """Bounds, key byte, access bits, domain; the address comes out in the program's own terms."""
-    for look_up in (pd.local, pd.remote):
+    for look_up, *more in ((pd.local,), (pd.remote, 77)):
         if opens:
-            assert look_up(key, address, length, access)[1] == (address - 0x8000 if key == 0x101 else address)
+            assert look_up(key, address, length, access, *more)[1] == (address - 0x8000 if key == 0x101 else address)
         else:
             with pytest.raises(ProtectionError):
-                look_up(key, address, length, access)
+                look_up(key, address, length, access, *more)
 
 
 def bind(window: int, address: int, length: int, lkey: int, access: int, new_key: int) -> SendWqe:
@@ -99,18 +99,20 @@ def bind(window: int, address: int, length: int, lkey: int, access: int, new_key
 
 
 def test_a_window_opens_its_part_until_it_is_invalidated(pd: ProtectionDomain) -> None:
-    """Type 2: bind changes the key byte, only the binding queue pair invalidates, only then it binds again."""
+    """Type 2: bind changes the key byte, only the binding queue pair uses it and invalidates, then it binds again."""
     region = pd.keys[1]
     region.access |= 16
     pd.keys[4] = window = MemoryWindow(pd, 0x400, 2)
     with pytest.raises(ProtectionError):
-        pd.remote(0x400, 0x9000, 1, 2)
+        pd.remote(0x400, 0x9000, 1, 2, 77)
     pd.local_operation(bind(0x400, 0x9100, 16, 0x101, 2, 0x407), 77)
     assert window.key == 0x407
-    assert pd.remote(0x407, 0x9100, 16, 2)[1] == 0x1100
+    assert pd.remote(0x407, 0x9100, 16, 2, 77)[1] == 0x1100
+    with pytest.raises(ProtectionError):
+        pd.remote(0x407, 0x9100, 16, 2, 78)
     for key, address, length, access in ((0x400, 0x9100, 1, 2), (0x407, 0x90FF, 2, 2), (0x407, 0x9100, 16, 4)):
         with pytest.raises(ProtectionError):
-            pd.remote(key, address, length, access)
+            pd.remote(key, address, length, access, 77)
     with pytest.raises(ProtectionError):
         pd.local(0x407, 0x9100, 1, 0)
     with pytest.raises(ProtectionError):
@@ -119,7 +121,7 @@ def test_a_window_opens_its_part_until_it_is_invalidated(pd: ProtectionDomain) -
         pd.invalidate(0x407, 78)
     pd.invalidate(0x407, 77)
     with pytest.raises(ProtectionError):
-        pd.remote(0x407, 0x9100, 1, 2)
+        pd.remote(0x407, 0x9100, 1, 2, 77)
     assert region.windows == 0  # type: ignore[union-attr]
 
 

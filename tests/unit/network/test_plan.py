@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from testbed import ip6
 from testbed.network import plan as planning
 from testbed.network.plan import Plan, plan
 from testbed.topology import ResolvedTopology, Topology
@@ -102,6 +103,9 @@ def test_the_fabric_knows_every_address() -> None:
         topology.hosts["h2"].ip: "h2",
         "100.64.0.2": "h2",
         "10.0.0.50": "h2",
+        "fd4d::a00:1": "h1",
+        ip6.companion(topology.hosts["h2"].ip): "h2",
+        "fd4d::a00:32": "h2",
     }
     assert fabric.expected_ports("s1") == {1: "mabcd-s1p1", 2: "mabcd-s1p2"}
 

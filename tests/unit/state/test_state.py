@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import pytest
 from testbed import cleanup, state
 from testbed.errors import EnvironmentProblem
 from testbed.state import RUN_VARIABLE, RunState
+
+R1, R2 = (f"r{number}-{uuid.uuid4().hex[:8]}" for number in (1, 2))
+"""Names of runs. New each time, else a second pytest on this machine finds, and ends, the first one's processes."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +57,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_recorded_is_read_back_and_forgotten_is_not(tmp_path: Path) -> None:
-    run_state = RunState.create("r1", tmp_path)
+    run_state = RunState.create(R1, tmp_path)
     run_state.record("file", path=tmp_path / "a", purpose="test")
     token = run_state.record("directory", path=tmp_path / "b")
     run_state.forget(token)
-    run = state.read(tmp_path / "r1")
+    run = state.read(tmp_path / R1)
     assert [(entry["kind"], entry["path"], entry["purpose"]) for entry in run.entries] == [
         ("file", str(tmp_path / "a"), "test")
     ]
@@ -73,15 +77,15 @@ def test_record_comes_before_the_thing() -> None:
 
 
 def test_line_cut_off_by_a_kill_is_passed_over(tmp_path: Path) -> None:
-    run_state = RunState.create("r1", tmp_path)
+    run_state = RunState.create(R1, tmp_path)
     run_state.record("file", path=tmp_path / "a")
     with run_state.file.open("a") as file:
         file.write('{"kind":"file","tok')
-    assert len(state.read(tmp_path / "r1").entries) == 1
+    assert len(state.read(tmp_path / R1).entries) == 1
 
 
 def test_run_without_a_first_line_is_given_time_to_write_it(tmp_path: Path) -> None:
-    folder = tmp_path / "r1"
+    folder = tmp_path / R1
     folder.mkdir()
     assert state.read(folder).alive
     os.utime(folder, (0, 0))
@@ -89,24 +93,24 @@ def test_run_without_a_first_line_is_given_time_to_write_it(tmp_path: Path) -> N
 
 
 def test_agents_write_to_the_same_file(tmp_path: Path) -> None:
-    RunState.create("r1", tmp_path)
-    assert os.environ[RUN_VARIABLE] == "r1"
+    RunState.create(R1, tmp_path)
+    assert os.environ[RUN_VARIABLE] == R1
     other = RunState.attach(base=tmp_path)
     other.record("file", path=tmp_path / "b")
-    assert len(state.read(tmp_path / "r1").entries) == 1
-    with pytest.raises(EnvironmentProblem, match="no run 'r2'"):
-        RunState.attach("r2", tmp_path)
+    assert len(state.read(tmp_path / R1).entries) == 1
+    with pytest.raises(EnvironmentProblem, match=f"no run '{R2}'"):
+        RunState.attach(R2, tmp_path)
 
 
 def test_two_runs_cannot_have_one_name(tmp_path: Path) -> None:
-    RunState.create("r1", tmp_path)
+    RunState.create(R1, tmp_path)
     with pytest.raises(FileExistsError):
-        RunState.create("r1", tmp_path)
+        RunState.create(R1, tmp_path)
 
 
 def test_taken_link_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="link lo exists already"):
-        RunState.create("r1", tmp_path).record("link", name="lo")
+        RunState.create(R1, tmp_path).record("link", name="lo")
 
 
 def test_start_time_tells_a_recycled_pid() -> None:
@@ -122,7 +126,7 @@ def test_clean_removes_what_was_made_and_nothing_else(tmp_path: Path) -> None:
     (theirs / "file").write_text("precious")
     run = written_by_a_dead_process(
         base,
-        "r1",
+        R1,
         f"""
 mine, theirs = Path({str(mine)!r}), Path({str(theirs)!r})
 state.record("directory", path=mine); mine.mkdir(); (mine / "x").write_text("x")
@@ -143,7 +147,7 @@ def test_clean_ends_recorded_marked_and_descended_processes(tmp_path: Path, slee
     pids = tmp_path / "pids"
     run = written_by_a_dead_process(
         tmp_path / "runs",
-        "r1",
+        R1,
         f"""
 bare = {{"PATH": os.environ["PATH"]}}
 recorded = subprocess.Popen(["sh", "-c", "sleep 61 & sleep 62"], env=bare, start_new_session=True)
@@ -153,18 +157,30 @@ Path({str(pids)!r}).write_text(f"{{recorded.pid}} {{marked.pid}}")
 """,
     )
     recorded, marked = map(int, pids.read_text().split())
-    assert {recorded, marked} < set(cleanup.processes(run))
+    # The shell was started, which does not mean that it has come to start its own.
+    deadline = time.monotonic() + 60
+    while len(cleanup.processes(run)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
     children = set(cleanup.processes(run)) - {recorded, marked}
-    assert len(children) == 2
+    assert len(children) == 2 and {recorded, marked} < set(cleanup.processes(run))
     cleanup.clean(run)
     assert all(state.start_time(pid) is None for pid in (recorded, marked, *children))
     assert sleeper.poll() is None
 
 
+def test_what_cannot_be_killed_is_told_and_stays_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process that gets no processor time: a second clean must be able to find it."""
+    run = written_by_a_dead_process(tmp_path / "runs", R1, "")
+    monkeypatch.setattr(cleanup, "_end_processes", lambda run: ([], [1]))
+    (line,) = cleanup.clean(run)
+    assert line.startswith("process 1 (") and "NOT ended" in line
+    assert state.runs(tmp_path / "runs") != []
+
+
 def test_recycled_pid_is_spared(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     """Invariant: a pid whose start time differs from the recorded one is never signalled."""
     run = written_by_a_dead_process(
-        tmp_path, "r1", f"state.record('process', pid={sleeper.pid}, start={(state.start_time(sleeper.pid) or 0) - 1})"
+        tmp_path, R1, f"state.record('process', pid={sleeper.pid}, start={(state.start_time(sleeper.pid) or 0) - 1})"
     )
     assert cleanup.processes(run) == {}
     assert cleanup.clean(run) == []
@@ -174,7 +190,7 @@ def test_recycled_pid_is_spared(tmp_path: Path, sleeper: subprocess.Popen[bytes]
 
 def test_what_goes_by_itself_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The links of a dead host's namespace vanish some time after its last process."""
-    run = written_by_a_dead_process(tmp_path, "r1", "state.record('link', name='gone-eth0')")
+    run = written_by_a_dead_process(tmp_path, R1, "state.record('link', name='gone-eth0')")
     answers = iter([True, False])
     monkeypatch.setattr(cleanup, "exists", lambda kind, what: next(answers))
     assert cleanup.clean(run) == []
@@ -184,7 +200,7 @@ def test_what_goes_by_itself_meanwhile_is_no_failure(tmp_path: Path, monkeypatch
 def test_folder_with_something_mounted_below_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = written_by_a_dead_process(
         tmp_path / "runs",
-        "r1",
+        R1,
         f"d = Path({str(tmp_path / 'd')!r}); state.record('directory', path=d); (d / 'sub').mkdir(parents=True)",
     )
     monkeypatch.setattr(cleanup, "mounts", lambda: {str(tmp_path / "d/sub")})
@@ -192,4 +208,4 @@ def test_folder_with_something_mounted_below_is_kept(tmp_path: Path, monkeypatch
     assert (tmp_path / "d/sub").exists()
     assert state.runs(tmp_path / "runs") != []  # still known, so that a second clean can finish it
     monkeypatch.undo()
-    assert cleanup.clean(state.read(tmp_path / "runs/r1")) == [f"directory {tmp_path}/d"]
+    assert cleanup.clean(state.read(tmp_path / "runs" / R1)) == [f"directory {tmp_path}/d"]

@@ -139,6 +139,7 @@ def test_programs_that_check_their_data(command: str, expected: bool) -> None:
 
 def test_placeholders_and_braces() -> None:
     assert fill("a {x.ip} {{y}} {x.ip}", {"x": "1.2.3.4"}) == "a 1.2.3.4 {y} 1.2.3.4"
+    assert fill("{x.ip6}", {"x": "10.0.0.2"}) == "fd4d::a00:2"
 
 
 def test_own_networks_do_not_meet() -> None:

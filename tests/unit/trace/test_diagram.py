@@ -12,7 +12,9 @@ from test_reader import record
 from typer.testing import CliRunner
 
 from softroce_ext.qp_trace import QpTrace
-from softroce_ext.simulation.world import BASE, Host, Link, World, connect, end
+from softroce_ext.simulation.hosts import BASE, Host, connect, end
+from softroce_ext.simulation.link import Link
+from softroce_ext.simulation.world import World
 from softroce_ext.transport.verbs import WrOpcode
 from testbed.diagram import MAX_ARROWS, Layout, kind_of, label_of, layout
 from testbed.diagram_picture import draw

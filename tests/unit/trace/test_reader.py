@@ -9,7 +9,7 @@ import pytest
 from scene import Scene
 
 from softroce_ext.qp_trace import QpTrace
-from softroce_ext.simulation.world import Link
+from softroce_ext.simulation.link import Link
 from testbed.errors import BadInput
 from testbed.trace import connection, flights, read
 

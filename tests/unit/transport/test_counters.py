@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from softroce_ext.simulation.world import BASE, End, Host, Link, World, connect, end
+from softroce_ext.simulation.hosts import BASE, End, Host, connect, end
+from softroce_ext.simulation.link import Link
+from softroce_ext.simulation.world import World
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.uverbs.hw_counters import rxe_view

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from traffic import MEMORY, Direction, Op
 
-from softroce_ext.simulation.world import BASE, ByteSink, End, Host, Link, World, connect, end
+from softroce_ext.simulation.hosts import BASE, ByteSink, End, Host, connect, end
+from softroce_ext.simulation.link import Link
+from softroce_ext.simulation.world import World
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Buffer
@@ -308,3 +310,14 @@ def test_mutated_frames_of_real_traffic(seed: int) -> None:
     direction = Direction(end_a, end_b, [Op(kinds[i % 3], randomness.randrange(3000)) for i in range(9)], seed)
     World(a, b, link=Mutating(seed)).run(direction.done)
     direction.check_end()
+
+
+def test_a_duplicate_is_not_acknowledged_with_the_psn_of_a_read() -> None:
+    """A plain ACK with the PSN of a READ's last response would be taken for the answer: rxe fails the connection."""
+    scene = Scene()
+    scene.request(op.WRITE_ONLY, 500, bytes(4), reth=(BASE, 1, 4))
+    for psn in (501, 504):  # two READs of three packets each
+        scene.request(op.READ_REQUEST, psn, reth=WHOLE)
+    headers = BTH_RETH.pack(op.WRITE_ONLY << 24 | 0xFFFF, 17, 0x80 << 24 | 500, BASE, 1, 4)
+    answers = [frame for frame in scene.inject(headers, bytes(4)) if frame[42] == op.ACKNOWLEDGE]
+    assert [int.from_bytes(frame[51:54]) for frame in answers] == [500]

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from softroce_ext.simulation.world import ALL_ACCESS, BASE, ByteSink, End, Host, Region, Sge, World, connect, end
+from softroce_ext.simulation.hosts import ALL_ACCESS, BASE, ByteSink, End, Host, Region, Sge, connect, end
+from softroce_ext.simulation.world import World
 from softroce_ext.transport.verbs import Access, QpEvent, QpState, WcFlag, WcStatus, WrOpcode
+from softroce_ext.wire import opcodes as op
+from softroce_ext.wire.frame import parse
 
 SEND, WRITE, READ = WrOpcode.SEND, WrOpcode.RDMA_WRITE, WrOpcode.RDMA_READ
 ADD, SWAP = WrOpcode.ATOMIC_FETCH_AND_ADD, WrOpcode.ATOMIC_CMP_AND_SWP
@@ -35,6 +38,29 @@ def outcome(scene: Pair) -> tuple[int, list[int]]:
     scene.world.settle(0.5)
     assert scene.here.context.state == scene.there.context.state == QpState.ERR
     return scene.here.scq.entries[0].status, [wc.status for wc in scene.there.rcq.entries]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_late_duplicate_of_a_read_whose_key_was_taken_back_is_ignored(together: bool) -> None:
+    """It comes after the SEND_WITH_INV: nobody waits for its answer any more. Just before it, it is answered again."""
+    world, here, there = scene = pair()
+    there.pd.regions[2] = Region(BASE, 1 << 16, ALL_ACCESS)
+    there.receive(7, BASE, 100)
+    here.post(READ, 1, BASE, 3000, rkey=2)
+    world.run(lambda: len(here.scq.entries) == 1)
+    duplicate = next(frame for _, frame in world.trace if parse(memoryview(frame)).opcode == op.READ_REQUEST)
+    here.post(WrOpcode.SEND_WITH_INV, 2, BASE, 10, imm=2)
+    sent = here.host.pull(world.now)
+    answers = there.host.turn([duplicate, *sent], world.now) if together else there.host.turn(sent, world.now)
+    answers += there.host.turn([duplicate], world.now)
+    again = [op.READ_RESPONSE_FIRST, op.READ_RESPONSE_MIDDLE, op.READ_RESPONSE_LAST] if together else []
+    assert [parse(memoryview(frame)).opcode for frame in answers] == [*again, op.ACKNOWLEDGE]
+    world.send(answers)
+    world.run(lambda: len(here.scq.entries) == 2)
+    assert [wc.status for wc in (*here.scq.entries, *there.rcq.entries)] == [WcStatus.SUCCESS] * 3
+    assert 2 not in there.pd.regions and scene.there.context.state == QpState.RTS
+    here.post(WRITE, 3, BASE, 8)
+    world.run(lambda: len(here.scq.entries) == 3)
 
 
 class Case(NamedTuple):
@@ -164,6 +190,18 @@ def test_remote_pages_are_gone(opcode: WrOpcode) -> None:
     assert status == WcStatus.REM_OP_ERR
 
 
+@pytest.mark.parametrize("opcode", [WRITE, READ, ADD])
+def test_a_partner_whose_process_has_ended_is_silent(opcode: WrOpcode) -> None:
+    """Its memory goes before its queue pairs do: no NAK leaves, the requester's retries end."""
+    scene = pair(retry_cnt=1)
+    scene.there.ram.unmapped.add(BASE + 3)
+    scene.there.events.gone = True
+    scene.here.post(opcode, 1, BASE + 2048, 8)
+    status, _ = outcome(scene)
+    assert status == WcStatus.RETRY_EXC_ERR
+    assert scene.there.events.seen == []
+
+
 def test_region_deregistered_in_the_middle_of_a_read() -> None:
     """The answers that left are right; the rest is refused."""
     scene = pair(path_mtu=256)
@@ -228,7 +266,7 @@ def test_solicited_and_immediate() -> None:
         scene.here.post(WrOpcode.SEND_WITH_IMM, number, BASE, 3000, flags=flags, imm=0x11223344)
     scene.world.run(lambda: len(scene.there.rcq.entries) == 2)
     assert [wc.solicited for wc in scene.there.rcq.entries] == [False, True]
-    assert all(wc.imm == 0x11223344 and wc.wc_flags == WcFlag.WITH_IMM for wc in scene.there.rcq.entries)
+    assert all(wc.imm == 0x11223344 and wc.wc_flags == WcFlag.GRH | WcFlag.WITH_IMM for wc in scene.there.rcq.entries)
 
 
 def test_send_with_invalidate() -> None:
@@ -238,11 +276,23 @@ def test_send_with_invalidate() -> None:
     scene.here.post(WrOpcode.SEND_WITH_INV, 1, BASE, 20, imm=0x55)
     scene.world.run(lambda: bool(scene.here.scq.entries))
     wc = scene.there.rcq.entries[0]
-    assert (wc.imm, wc.wc_flags) == (0x55, WcFlag.WITH_INVALIDATE)
+    assert (wc.imm, wc.wc_flags) == (0x55, WcFlag.GRH | WcFlag.WITH_INVALIDATE)
     assert 0x55 not in scene.there.pd.regions
     scene.here.post(WRITE, 2, BASE, 8, rkey=0x55)
     scene.here.scq.entries.clear()
     assert outcome(scene)[0] == WcStatus.REM_ACCESS_ERR
+
+
+def test_send_with_invalidate_of_a_key_that_cannot_be() -> None:
+    """As with rxe: the SEND is acknowledged, then its receive and the queue pair fail."""
+    scene = pair()
+    for number in range(2):
+        scene.there.receive(number, BASE + 4096, 100)
+    scene.here.post(WrOpcode.SEND_WITH_INV, 1, BASE, 20, imm=0xBAD)
+    scene.world.run(lambda: bool(scene.here.scq.entries))
+    assert [wc.status for wc in scene.here.scq.entries] == [WcStatus.SUCCESS]
+    assert [wc.status for wc in scene.there.rcq.entries] == [WcStatus.REM_INV_REQ_ERR, WcStatus.WR_FLUSH_ERR]
+    assert (scene.here.context.state, scene.there.context.state) == (QpState.RTS, QpState.ERR)
 
 
 def test_local_operations_complete_in_order_and_once() -> None:

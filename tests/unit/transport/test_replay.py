@@ -16,7 +16,8 @@ import pytest
 import rxe_captures as captures
 from rxe_captures import SIDE_A, SIDE_B, Captured
 
-from softroce_ext.simulation.world import BASE, ByteSink, End, Host, Link, Region, end, to_rts
+from softroce_ext.simulation.hosts import BASE, ByteSink, End, Host, Region, end, to_rts
+from softroce_ext.simulation.link import Link
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.verbs import SendFlag, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
@@ -330,8 +331,8 @@ def _prepare_memory(name: str, index: int, replay: Replay, messages: list[Messag
     shift = low - BASE - 4096
     remote = here.pd.remote
 
-    def shifted(rkey: int, address: int, length: int, access: int) -> Any:
-        return remote(rkey, address - shift, length, access)
+    def shifted(rkey: int, address: int, length: int, access: int, qpn: int) -> Any:
+        return remote(rkey, address - shift, length, access, qpn)
 
     here.pd.remote = shifted  # type: ignore[method-assign]
     for key, (begin, stop) in regions.items():

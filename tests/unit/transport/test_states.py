@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from softroce_ext.simulation.world import ALL_ACCESS, End, Host, World, connect, end, path_between, to_rts
+from softroce_ext.simulation.hosts import ALL_ACCESS, End, Host, connect, end, path_between, to_rts
+from softroce_ext.simulation.world import World
+from softroce_ext.transport.interfaces import RecvWqe
 from softroce_ext.transport.qp import InvalidTransition
-from softroce_ext.transport.states import ATTRIBUTES, TRANSITIONS
+from softroce_ext.transport.states import ATTRIBUTES, BY_TYPE, TRANSITIONS
 from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus, WrOpcode
 from softroce_ext.wire.frame import Path
 
@@ -30,6 +32,7 @@ def fresh() -> End:
 def bring_to(state: QpState) -> End:
     here = fresh()
     if state == QpState.ERR:
+        here = bring_to(QpState.INIT)
         here.qp.modify({"qp_state": QpState.ERR})
         return here
     for before, after in pairwise(ORDER):
@@ -60,11 +63,10 @@ def test_every_pair_of_states(state: QpState, target: QpState) -> None:
         with pytest.raises(InvalidTransition, match=missing):
             here.qp.modify({"qp_state": target, **{n: VALUES[n] for n in row.required - {missing}}})
         assert snapshot(here) == before
-    if target not in (QpState.RESET, QpState.ERR):
-        for extra in sorted(ATTRIBUTES - row.required - row.optional - {"qp_state", "cur_qp_state"}):
-            if extra in VALUES:
-                with pytest.raises(InvalidTransition, match=extra):
-                    here.qp.modify({"qp_state": target, extra: VALUES[extra], **{n: VALUES[n] for n in row.required}})
+    for extra in sorted(ATTRIBUTES - row.required - row.optional - {"qp_state", "cur_qp_state"}):
+        if extra in VALUES:
+            with pytest.raises(InvalidTransition, match=extra):
+                here.qp.modify({"qp_state": target, extra: VALUES[extra], **{n: VALUES[n] for n in row.required}})
     names = row.required | row.optional
     here.qp.modify({"qp_state": target, "cur_qp_state": state, **{n: VALUES[n] for n in names}})
     assert here.context.state == target
@@ -93,6 +95,61 @@ def test_wrong_supposed_state_and_nonsense() -> None:
     for attributes in ({"cur_qp_state": QpState.RTR}, {"qp_state": 77}, {"colour": 1}):
         with pytest.raises(InvalidTransition):
             here.qp.modify(attributes)
+
+
+def test_from_reset_there_is_no_way_to_err() -> None:
+    """As the kernel's table has it (ib_modify_qp_is_ok): nothing can have failed."""
+    for table in BY_TYPE.values():
+        assert (QpState.RESET, QpState.ERR) not in table
+        assert all((state, QpState.ERR) in table for state in QpState if state != QpState.RESET)
+
+
+@pytest.mark.parametrize(("asked", "had"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (33, 64), (127, 128), (128, 128)])
+def test_depths_are_powers_of_two(asked: int, had: int) -> None:
+    """As rxe makes room for READs and atomics, and answers ibv_query_qp."""
+    here = bring_to(QpState.INIT)
+    for before, after in pairwise((QpState.INIT, QpState.RTR, QpState.RTS)):
+        values = {**VALUES, "max_rd_atomic": asked, "max_dest_rd_atomic": asked}
+        here.qp.modify({"qp_state": after, **{n: values[n] for n in TRANSITIONS[before, after].required}})
+    assert (here.context.max_rd_atomic, here.context.max_dest_rd_atomic) == (had, had)
+
+
+def test_a_receive_whose_completion_is_lost_ends_its_queue_pair() -> None:
+    """A full completion queue: the receiver goes to ERR (as rxe), a sender only loses completions."""
+    a, b = Host(1), Host(2)
+    here, there = end(a, 17), end(b, 18)
+    connect(here, there)
+    here.scq.room, there.rcq.room = 1, 3
+    for number in range(10):
+        there.receive(number, length=10)
+        here.post(WrOpcode.SEND, number, length=10)
+    World(a, b).run(lambda: there.context.state == QpState.ERR)
+    assert [wc.wr_id for wc in there.rcq.entries] == [0, 1, 2]
+    assert there.context.state == QpState.ERR
+    assert here.context.state == QpState.RTS
+    assert len(here.scq.entries) <= 1
+
+
+@pytest.mark.parametrize("room", range(6))
+def test_a_lost_completion_s_message_is_not_acknowledged(room: int) -> None:
+    """All in one batch: what came before is complete for its sender too, from the lost one on nothing is."""
+    a, b = Host(1), Host(2)
+    here, there = end(a, 17), end(b, 18)
+    connect(here, there, retry_cnt=1)
+    there.rcq.room = room
+    requests = [WrOpcode.SEND, WrOpcode.RDMA_READ, WrOpcode.SEND, WrOpcode.RDMA_WRITE, WrOpcode.ATOMIC_FETCH_AND_ADD,
+                WrOpcode.RDMA_WRITE_WITH_IMM, WrOpcode.RDMA_READ, WrOpcode.RDMA_READ, WrOpcode.SEND,
+                WrOpcode.SEND_WITH_IMM, WrOpcode.RDMA_READ]  # fmt: skip
+    taking = [n for n, opcode in enumerate(requests) if opcode.name.startswith("SEND") or "IMM" in opcode.name]
+    for number, opcode in enumerate(requests):
+        here.post(opcode, number, length=8 if "ATOMIC" in opcode.name else 1500)
+        there.receive(number, length=2000)
+    World(a, b).run(lambda: len(here.scq.entries) == len(requests))
+    good = taking[room] if room < len(taking) else len(requests)
+    statuses = [WcStatus.SUCCESS] * good + [WcStatus.RETRY_EXC_ERR, *[WcStatus.WR_FLUSH_ERR] * len(requests)]
+    assert [wc.status for wc in here.scq.entries] == statuses[: len(requests)]
+    assert len(there.rcq.entries) == min(room, len(taking))
+    assert (there.context.state == QpState.ERR) == (room < len(taking))
 
 
 def test_psns_are_taken_over() -> None:
@@ -125,6 +182,22 @@ def test_error_flushes_both_queues_in_order() -> None:
     assert not a.pull(0.0)
     assert here.scq.entries[-1].wr_id == 9 and here.rcq.entries[-1].wr_id == 109
     assert not here.events.seen
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_receive_posted_in_error_comes_back_without_a_doorbell(stopped: bool) -> None:
+    """But nothing of a queue pair changes while it is being moved."""
+    here = bring_to(QpState.ERR)
+    host = here.host
+    if stopped:
+        here.qp.stop()
+    host.pull(0.0)
+    here.rq.posted.append(RecvWqe(7, 0, ()))
+    host.pull(0.0)
+    assert not here.rcq.entries
+    host.engine.flush_failed()
+    host.pull(0.0)
+    assert [(wc.wr_id, wc.status) for wc in here.rcq.entries] == [(7, WcStatus.WR_FLUSH_ERR)] * (not stopped)
 
 
 def test_error_with_a_shared_receive_queue_reports_the_last_receive() -> None:

@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from softroce_ext.simulation.world import BASE, Host, Link, World, connect, end
+from softroce_ext.simulation.hosts import BASE, Host, connect, end
+from softroce_ext.simulation.link import Link
+from softroce_ext.simulation.world import World
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.wire.headers import RNR_TIMER
 
@@ -27,6 +29,53 @@ def test_local_ack_timeout(code: int, seconds: float) -> None:
     assert world.now - start == pytest.approx(3 * seconds, abs=1e-6)
     assert here.scq.entries[0].status == WcStatus.RETRY_EXC_ERR
     assert here.context.state == QpState.ERR
+
+
+def test_a_timeout_shorter_than_the_way_is_prolonged_and_shortened_again() -> None:
+    """Only what is answered twice shows that; what is lost does not."""
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=14, retry_cnt=7)  # 67 ms
+    world = World(here.host, there.host, link=Link(delay=0.06))
+    timeouts = []
+    for number in range(12):
+        here.post(WrOpcode.RDMA_WRITE, number, BASE, 8)
+        world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
+        timeouts.append(here.host.engine.counters["local_ack_timeout_err"])
+    assert timeouts[0] == 1 and timeouts[-1] <= 2, timeouts
+    assert here.qp.ack_timeout is not None and here.qp.ack_wait in (2 * here.qp.ack_timeout, 4 * here.qp.ack_timeout)
+    world.link = Link()
+    for number in range(12, 12 + 8300):
+        here.post(WrOpcode.RDMA_WRITE, number, BASE, 8)
+        world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
+    assert here.qp.ack_wait == here.qp.ack_timeout
+
+
+def test_losses_do_not_prolong_a_timeout() -> None:
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=14, retry_cnt=7)
+    world = World(here.host, there.host, link=Link(loss=0.3, seed=4))
+    for number in range(60):
+        here.post(WrOpcode.RDMA_WRITE, number, BASE, 8)
+        world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
+    assert here.host.engine.counters["local_ack_timeout_err"] > 20
+    assert here.qp.ack_wait == here.qp.ack_timeout
+
+
+def test_a_partner_that_answers_each_packet_that_comes_twice_does_not_prolong_a_timeout() -> None:
+    """As rxe does when an ACK was lost: one message's packets bring several answers at once."""
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=14, retry_cnt=7)
+    here.post(WrOpcode.RDMA_WRITE, 1, BASE, 4096)
+    there.host.turn(here.host.pull(0.0), 0.0)  # its ACK is lost
+    now = 0.0672
+    again = here.host.turn([], now)
+    answers = [there.host.turn([frame], now) for frame in again]
+    assert [len(frames) for frames in answers] == [1] * 4
+    for frames in answers:
+        here.host.turn(frames, now + 0.002)
+    assert [wc.status for wc in here.scq.entries] == [WcStatus.SUCCESS]
+    assert here.host.engine.counters["rcvd_old_answer"] == 3
+    assert here.qp.ack_wait == here.qp.ack_timeout
 
 
 @pytest.mark.parametrize("count", range(7))

@@ -10,7 +10,7 @@ import pytest
 import rxe_captures as captures
 from rxe_captures import Captured
 
-from softroce_ext.simulation.world import (
+from softroce_ext.simulation.hosts import (
     ALL_ACCESS,
     BASE,
     ByteSink,
@@ -30,7 +30,7 @@ from softroce_ext.transport.interfaces import ProtectionError, SendWqe, Sge
 from softroce_ext.transport.qp import InvalidTransition, QueuePair
 from softroce_ext.transport.verbs import QpState, QpType, SendFlag, WcOpcode, WcStatus, WrOpcode
 from softroce_ext.wire.frame import Packet, Path, parse
-from softroce_ext.wire.headers import BTH_DETH, DETH
+from softroce_ext.wire.headers import DETH
 
 QKEY = 0x11111111
 MEMORY = 1 << 16
@@ -248,6 +248,18 @@ def test_uc_write_beyond_its_region_is_dropped_and_nothing_else() -> None:
     assert b.ram.data[1000:1600] == b"\x42" * 600
 
 
+def test_uc_receive_that_is_too_short_ends_the_queue_pair() -> None:
+    """As with rxe: the receive has failed, and the sender is not told."""
+    a, b = uc_pair()
+    b.receive(1, BASE, 50)
+    b.receive(2, BASE, 500)
+    a.post(WrOpcode.SEND, 1, BASE, 60)
+    assert b.host.turn(a.host.pull(0.0), 0.0) == []
+    assert [(wc.wr_id, wc.status) for wc in b.rcq.entries] == [(1, WcStatus.LOC_QP_OP_ERR), (2, WcStatus.WR_FLUSH_ERR)]
+    assert b.context.state == QpState.ERR
+    assert [wc.status for wc in a.scq.entries] == [0]
+
+
 def test_uc_without_a_receive_drops_in_silence() -> None:
     a, b = uc_pair()
     a.post(WrOpcode.SEND, 1, BASE, 600)
@@ -372,38 +384,3 @@ def test_multicast_goes_to_each_member_of_the_group() -> None:
     del b.host.engine.multicast[mgid]
     b.host.turn(frames, 0.0)
     assert b.host.engine.counters["refused_qpn"] == 1
-
-
-# -- QP1 -----------------------------------------------------------------------------------------------------------
-
-
-def test_gsi_sends_a_mad_as_rxe_does() -> None:
-    captured = captures.read("cm_rping")[0]
-    packet = parsed(captured.frame)
-    engine = Host(1).engine
-    path = path_of(captured)
-    engine.gsi._psn = packet.psn
-    path.ip_id = captured.ip_id
-    engine.gsi.send(path, bytes(packet.payload))
-    sink = ByteSink(1)
-    assert engine.frames_to_send(0.0, sink) == 1
-    assert sink.frames[0].hex() == captured.frame.hex()
-
-
-def test_gsi_takes_mads_only() -> None:
-    engine = Host(1).engine
-    seen: list[tuple[int, bytes]] = []
-    captured = captures.read("cm_rping")[0]
-    engine.receive(memoryview(captured.frame), 0.0)
-    assert engine.counters["refused_mad"] == 1, "nobody listens"
-    engine.gsi.on_mad = lambda packet, source, mad, now: seen.append((source, bytes(mad)))
-    engine.receive(memoryview(captured.frame), 0.0)
-    assert seen == [(1, bytes(parsed(captured.frame).payload))]
-    sink = ByteSink(4)
-    wrong = BTH_DETH.pack(0x6400FFFF, 1, 0, QKEY, 0x11)
-    sink.add(path_of(captured), wrong, bytes(256), 0)
-    sink.add(path_of(captured), BTH_DETH.pack(0x6400FFFF, 1, 0, 0x80010000, 0x11), bytes(252), 0)
-    for frame in sink.frames:
-        engine.receive(memoryview(frame), 0.0)
-    assert len(seen) == 1
-    assert engine.counters["refused_qkey"] == 1 and engine.counters["refused_mad"] == 2

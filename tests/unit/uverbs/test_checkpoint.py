@@ -11,6 +11,8 @@ import random
 import struct
 import warnings
 from collections.abc import Callable
+from ctypes import addressof as address_of
+from ctypes import create_string_buffer
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,15 @@ from uverbs_program import IP, Program, Upper
 from softroce_ext.device import checkpoint, image
 from softroce_ext.device.context import Context
 from softroce_ext.device.errors import ImageError
+from softroce_ext.device.regions import MemoryRegion, ProtectionDomain
+from softroce_ext.transport.interfaces import ProtectionError, SendWqe
+from softroce_ext.transport.verbs import Access, WrOpcode
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import FileChannel
 from softroce_ext.wire.frame import Path as WirePath
 
 Make = Callable[..., Upper]
+MEMORY = create_string_buffer(64)
 
 
 @pytest.fixture
@@ -31,7 +37,7 @@ def full(program: Program) -> Program:
     """A program with one object of every kind, a connected queue pair, posted and completed work, unread events."""
     made = program.objects()
     pd, cq, qp = made["pd"], made["cq"], made["qp"]
-    program.call(Command.REG_MR, struct.pack("<QQQII", 0, 0, 0, pd, 0x1F), 12)
+    program.call(Command.REG_MR, struct.pack("<QQQII", address_of(MEMORY), 64, address_of(MEMORY), pd, 0x1F), 12)
     program.call(Command.ALLOC_MW, struct.pack("<IB3x", pd, 1), 8)
     program.call(Command.CREATE_SRQ, struct.pack("<QIIII", 5, pd, 10, 1, 3), 40)
     destination = bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 2])
@@ -98,6 +104,45 @@ def test_round_trip(full: Program, second_upper: Make, tmp_path: Path) -> None:
     assert after.contexts == before.contexts
 
 
+def test_windows_stay_what_they_are(full: Program, second_upper: Make, tmp_path: Path) -> None:
+    """Bound ones to their region, range, rights and queue pair, and nobody else's; free ones free; all bind again."""
+    context = full.context
+    pd, region, qpn = context.of(ProtectionDomain)[0], context.of(MemoryRegion)[0], context.queue_pairs[0].qpn
+    at = region.start + 8
+
+    def bind(where: ProtectionDomain, window: int, key: int) -> None:
+        request = SendWqe(
+            0, WrOpcode.BIND_MW, 0, 0, 16, (), None, at, key, region.key, window << 32 | Access.REMOTE_WRITE, None
+        )
+        where.local_operation(request, qpn)
+
+    keys = []
+    for kind in (1, 2, 2):
+        _, key = struct.unpack("<II", full.call(Command.ALLOC_MW, struct.pack("<IB3x", pd.handle, kind), 8))
+        keys.append(key & ~0xFF | (key + 1) & 0xFF)
+        bind(pd, key, keys[-1])
+    pd.invalidate(keys[2], qpn)
+    (there,) = restored(second_upper(), written(full.upper, tmp_path / "image"))
+    moved = there.of(ProtectionDomain)[0]
+    for key, user, opens in ((keys[0], qpn, True), (keys[0], qpn + 1, True), (keys[1], qpn, True),
+                             (keys[1], qpn + 1, False), (keys[2], qpn, False)):  # fmt: skip
+        for address, length, access in ((at, 16, 2), (at - 1, 2, 2), (at, 17, 2), (at, 16, 4)):
+            if opens and (address, length, access) == (at, 16, 2):
+                assert moved.remote(key, address, length, access, user)[1] == at
+            else:
+                with pytest.raises(ProtectionError):
+                    moved.remote(key, address, length, access, user)
+    assert there.of(MemoryRegion)[0].windows == 2
+    with pytest.raises(ProtectionError):
+        moved.invalidate(keys[1], qpn + 1)
+    with pytest.raises(ProtectionError):
+        bind(moved, keys[1], keys[1] ^ 1)
+    moved.invalidate(keys[1], qpn)
+    for key in keys:
+        bind(moved, key, key ^ 1)
+        assert moved.remote(key ^ 1, at, 16, 2, qpn)[1] == at
+
+
 def test_new_objects_do_not_clash_with_restored_ones(full: Program, second_upper: Make, tmp_path: Path) -> None:
     """Handles go on where they were; the other NIC's numbers come from its own range; rings do not overlap."""
     other = second_upper()
@@ -120,6 +165,8 @@ def test_an_address_that_changes(full: Program, second_upper: Make, tmp_path: Pa
         (context,) = restored(second_upper(base), path, addresses)
         qp_path = context.queue_pairs[0].transport.context.path
         assert qp_path is not None and qp_path.source_ip == expected
+        # Nothing was ever sent on it: its partner must hear of another address all the same.
+        assert context.queue_pairs[0].transport.context.resume_pending == (addresses is not None)
 
 
 def test_what_is_here_is_not_overwritten(full: Program, second_upper: Make, tmp_path: Path) -> None:
@@ -168,6 +215,7 @@ def test_every_damaged_byte_is_noticed(full: Program, second_upper: Make, tmp_pa
         (lambda c: c["cqs"][0]["ring"].update(mask=6), "no powers of two"),
         (lambda c: c["cqs"][0].update(notify=7), r"contexts.0.cqs.0.notify: Input should be less"),
         (lambda c: c.update(id="../../x"), r"contexts.0.id: String should match"),
+        (lambda c: c["mws"][0].update(kind=3), r"contexts.0.mws.0.kind: Input should be less"),
         (lambda c: c.update(surprise=1), r"contexts.0.surprise: Extra inputs"),
     ],
 )

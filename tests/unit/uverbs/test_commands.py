@@ -6,6 +6,7 @@ context is obeyed; what is in use cannot be freed; what is freed is gone.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -36,8 +37,8 @@ def test_every_command_has_its_handler() -> None:
 
 
 def test_the_bridge_has_the_same_layout() -> None:
-    """The numbers in bridge.c are those of channel.py and server.py."""
-    text = (build.SOURCES / "bridge.c").read_text()
+    """The numbers in bridge.h are those of channel.py and server.py."""
+    text = (build.SOURCES / "bridge" / "bridge.h").read_text()
     theirs = {name: int(value, 0) for name, value in re.findall(r"#define (\w+) (0x[0-9a-f]+|\d+)u?\b", text)}
     for name in ("AT_PENDING", "AT_LAYOUT", "AT_MAILBOX", "AT_MAY_POST", "AT_DIRTY", "AT_ARMED", "CONTROL_BYTES"):
         assert theirs[name] == getattr(channel, name), name
@@ -183,7 +184,11 @@ def test_a_region_must_be_mapped(program: Program) -> None:
 
     register(0, 4096, errno.EFAULT)
     register((1 << 64) - 4096, 8192, errno.EINVAL)
-    _, lkey, rkey = struct.unpack("<III", register(0, 0))
+    memory = ctypes.create_string_buffer(8192)
+    page = (ctypes.addressof(memory) + 4095) & ~4095
+    register(page, 0, errno.EINVAL)  # no byte and no page
+    register(5, 0, errno.EFAULT)
+    _, lkey, rkey = struct.unpack("<III", register(page + 5, 0))
     assert lkey == rkey and lkey >> 8 in program.upper.adapter.keys
 
 

@@ -1,0 +1,280 @@
+"""Opens of rdma_cm to an image and back: ids with their addresses and states, connections, memberships, events.
+
+As with contexts of verbs, a dump reads and changes nothing, a restore enters all or nothing, and what was restored is
+held: it sends nothing, and what comes for it is dropped (peers repeat it) until the program runs again.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from softroce_ext.cm import messages as m
+from softroce_ext.cm.connection import Connection, State
+from softroce_ext.cm.ids import CmEvent, CmId, Endpoint, EventType, Group, IdState
+from softroce_ext.cm.manager import CommunicationManager
+from softroce_ext.cm.records import ConnectionRecord, EndpointRecord, EventRecord, FileRecord, GroupRecord, IdRecord
+from softroce_ext.device.checkpoint import moved
+from softroce_ext.device.errors import ImageError, VerbsError
+from softroce_ext.wire.path import Path
+
+MakeFile = Callable[[FileRecord], Any]
+"""Makes the `server.CmFile` of a record, which is restored and not yet attached."""
+_SCALARS: Final = (
+    "handle", "uid", "port_space", "qp_type", "on_device", "flow_label", "tos", "reuse", "family_only", "ack_timeout",
+    "qkey", "psn", "responder_resources", "initiator_depth", "retry_count", "rnr_retry_count", "path_mtu", "backlog",
+    "waiting", "reported",
+)  # fmt: skip
+"""Fields of an id that are copied as they are."""
+
+
+# -- dump --------------------------------------------------------------------------------------------------------------
+
+
+def dump(cm: CommunicationManager, files: list[Any]) -> list[dict[str, Any]]:
+    """Describe opens of rdma_cm completely; their programs must be frozen, and held."""
+    return [_dump_file(cm, file).model_dump() for file in files]
+
+
+def _dump_file(cm: CommunicationManager, file: Any) -> FileRecord:
+    uid, gid = file.channel.owner
+    held_at = file.queue.held_at
+    assert held_at is not None, "a program that may be running"
+    return FileRecord(
+        id=file.id,
+        inner_pid=file.inner_pid,
+        uid=uid,
+        gid=gid,
+        guid=file.guid.hex(),
+        mailbox=file.channel.dump_mailbox().hex(),
+        ids=[_dump_id(cm, cm_id, held_at) for cm_id in cm.ids_of(file.queue)],
+        events=[
+            EventRecord(
+                kind=event.kind.value,
+                status=event.status,
+                param=event.param.hex(),
+                counted=event.counted.handle,
+                child=event.child.handle if event.child is not None else None,
+                group=event.group.handle if event.group is not None else None,
+                ece=list(event.ece),
+            )
+            for event in file.queue.events
+        ],
+    )
+
+
+def _dump_id(cm: CommunicationManager, cm_id: CmId, held_at: float) -> IdRecord:
+    connection = cm_id.connection
+    if connection is not None and connection.local_id not in cm.connections.by_id:
+        connection = None  # it is over, and the id only remembers it
+    waiting = cm.addresses.resolving.get(cm_id.handle)
+    return IdRecord(
+        **{name: getattr(cm_id, name) for name in _SCALARS},
+        state=cm_id.state.value,
+        source=_dump_endpoint(cm_id.source),
+        bound=cm.ports.holds(cm_id),
+        destination=_dump_endpoint(cm_id.destination),
+        resolving=waiting.deadline - held_at if waiting is not None else None,
+        connection=_dump_connection(cm, connection, held_at) if connection is not None else None,
+        groups=[
+            GroupRecord(handle=group.handle, uid=group.uid, mgid=group.mgid.hex(), reported=group.reported)
+            for group in cm_id.groups.values()
+        ],
+    )
+
+
+def _dump_endpoint(endpoint: Endpoint | None) -> EndpointRecord | None:
+    if endpoint is None:
+        return None
+    return EndpointRecord(ip=endpoint.ip.hex(), port=endpoint.port, scope=endpoint.scope)
+
+
+def _dump_connection(cm: CommunicationManager, connection: Connection, held_at: float) -> ConnectionRecord:
+    request, last, left, interval = connection.memory()
+    return ConnectionRecord(
+        local_id=connection.local_id,
+        remote_id=connection.remote_id,
+        transaction_id=connection.transaction_id,
+        state=connection.state.value,
+        request=request.pack().hex() if request is not None else None,
+        remote_qpn=connection.remote_qpn,
+        remote_psn=connection.remote_psn,
+        last=last.pack().hex() if last is not None else None,
+        left=left,
+        interval=interval,
+        remaining=connection.deadline - held_at if connection.deadline is not None else None,
+        passive=cm.connections.has_peer(connection),
+        path=cm.connections.paths[connection.local_id].to_plain(),
+    )
+
+
+# -- restore -----------------------------------------------------------------------------------------------------------
+
+
+def parse(plain: list[dict[str, Any]]) -> list[FileRecord]:
+    """Check the records of an image. Raises ImageError, naming the place."""
+    records = []
+    for number, item in enumerate(plain):
+        try:
+            records.append(FileRecord.model_validate(item))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, ("cm", number, *first["loc"])))
+            raise ImageError(f"{place}: {first['msg']} ({error.error_count()} faults)") from None
+    return records
+
+
+def restore(
+    cm: CommunicationManager,
+    records: list[FileRecord],
+    make_file: MakeFile,
+    addresses: dict[bytes, bytes],
+    now: float,
+) -> list[Any]:
+    """Make every id of the records, all or nothing; `addresses`: IP address there → here. Raises ImageError."""
+    made: list[Any] = []
+    record: FileRecord | None = None
+    try:
+        for record in records:
+            file = make_file(record)
+            made.append(file)
+            file.queue.held_at = now
+            _Fill(cm, file, addresses, now).fill(record)
+    except Exception as error:  # whatever is wrong with an image, nothing of it may stay
+        for file in made:
+            cm.discard(file.queue)
+        if isinstance(error, ImageError):
+            raise
+        what = f"refers to {error}, which is not in the image" if isinstance(error, KeyError) else str(error)
+        raise ImageError(f"rdma_cm file {record.id if record else '?'}: {what}") from error
+    return made
+
+
+class _Fill:
+    """Puts one file's ids where they belong."""
+
+    def __init__(self, cm: CommunicationManager, file: Any, addresses: dict[bytes, bytes], now: float) -> None:
+        self._cm = cm
+        self._file = file
+        self._addresses = addresses
+        self._now = now
+
+    def fill(self, record: FileRecord) -> None:
+        """Raises ImageError, VerbsError, KeyError, ValueError."""
+        ids: dict[int, CmId] = {}
+        groups: dict[int, Group] = {}
+        for item in record.ids:
+            cm_id = self._id(item)
+            ids[item.handle] = cm_id
+            for entry in item.groups:
+                self._free(entry.handle)
+                groups[entry.handle] = Group(entry.handle, entry.uid, bytes.fromhex(entry.mgid), cm_id, entry.reported)
+                self._cm.groups.enter(groups[entry.handle])
+        for event in record.events:
+            kind = EventType(event.kind)
+            child = ids[event.child] if event.child is not None else None
+            if (kind is EventType.CONNECT_REQUEST) != (child is not None):
+                raise ImageError(f"an event of {kind.name} has a new id where none belongs, or none")
+            group = groups[event.group] if event.group is not None else None
+            param = bytes.fromhex(event.param)
+            # Not by `post`: the byte for it is in the FIFO that is restored with the program.
+            self._file.queue.events.append(
+                CmEvent(ids[event.counted], kind, event.status, param, child, group, (event.ece[0], event.ece[1]))
+            )
+
+    def _free(self, handle: int) -> None:
+        if handle in self._cm.ids or handle in self._cm.groups.by_handle:
+            raise ImageError(f"rdma_cm id {handle} is taken here; number bases must differ")
+
+    def _id(self, record: IdRecord) -> CmId:
+        cm = self._cm
+        self._free(record.handle)
+        cm_id = CmId(record.handle, record.uid, record.port_space, record.qp_type, self._file.queue)
+        for name in _SCALARS:
+            setattr(cm_id, name, getattr(record, name))
+        cm_id.state = IdState(record.state)
+        source, cm_id.destination = self._endpoint(record.source, True), self._endpoint(record.destination, False)
+        if cm_id.state is not IdState.IDLE and source is None:
+            raise ImageError(f"rdma_cm id {record.handle}: {cm_id.state.name} without an address")
+        if source is not None and cm_id.destination is not None and len(source.ip) != len(cm_id.destination.ip):
+            raise ImageError(f"rdma_cm id {record.handle}: its addresses are of two families")
+        if source is not None and source.port == 0:
+            raise ImageError(f"rdma_cm id {record.handle}: port 0")
+        if source is not None and record.bound:
+            try:
+                cm.ports.adopt(cm_id, source)
+            except VerbsError:
+                raise ImageError(f"rdma_cm port {source.port} is taken here by another program") from None
+        cm_id.source = source
+        cm.ids[cm_id.handle] = cm_id
+        if record.resolving is not None and cm_id.state is IdState.RESOLVING:
+            cm.addresses.wait(cm_id, self._now + record.resolving)
+        if record.connection is not None:
+            cm_id.connection = self._connection(record.connection, cm_id)
+        return cm_id
+
+    def _endpoint(self, record: EndpointRecord | None, own: bool) -> Endpoint | None:
+        if record is None:
+            return None
+        ip = bytes.fromhex(record.ip)
+        return Endpoint(self._addresses.get(ip, ip) if own else ip, record.port, record.scope)
+
+    def _connection(self, record: ConnectionRecord, owner: CmId) -> Connection:
+        cm = self._cm
+        if record.local_id in cm.connections.by_id:
+            raise ImageError(f"the connection id {record.local_id:#x} is taken here")
+        connection = Connection(record.local_id, record.transaction_id)
+        connection.remote_id, connection.state = record.remote_id, State(record.state)
+        connection.remote_qpn, connection.remote_psn = record.remote_qpn, record.remote_psn
+        request, last = self._mad(record.request), self._mad(record.last)
+        if connection.state not in (State.IDLE, State.CLOSED) and request is None:
+            raise ImageError(f"connection {record.local_id:#x}: {record.state} without a request")
+        connection.remember(request, last, record.left, record.interval)
+        connection.deadline = self._now + record.remaining if record.remaining is not None else None
+        connection.owner = owner
+        cm.connections.enter(connection, moved(cm.adapter, Path.from_plain(record.path), self._addresses))
+        if record.passive:
+            if request is None:
+                raise ImageError(f"connection {record.local_id:#x}: passive without a request")
+            cm.connections.know_peer(connection)
+        return connection
+
+    def _mad(self, text: str | None) -> m.Message | None:
+        if text is None:
+            return None
+        try:
+            return m.unpack(bytes.fromhex(text))
+        except m.MessageError as error:
+            raise ImageError(f"rdma_cm message: {error}") from None
+
+
+def summary(cm: CommunicationManager, file: Any) -> dict[str, Any]:
+    """Plain data of one open for the management socket."""
+
+    def text(endpoint: Endpoint | None) -> str | None:
+        if endpoint is None:
+            return None
+        address = ipaddress.ip_address(endpoint.ip)
+        return f"[{address}]:{endpoint.port}" if len(endpoint.ip) == 16 else f"{address}:{endpoint.port}"
+
+    return {
+        "id": file.id,
+        "pid": file.pid,
+        "inner_pid": file.inner_pid,
+        "held": file.queue.held_at is not None,
+        "events": len(file.queue.events),
+        "ids": [
+            {
+                "handle": cm_id.handle,
+                "state": cm_id.state.name,
+                "source": text(cm_id.source),
+                "destination": text(cm_id.destination),
+                "connection": cm_id.connection.state.value if cm_id.connection is not None else None,
+                "groups": [group.mgid.hex() for group in cm_id.groups.values()],
+            }
+            for cm_id in cm.ids_of(file.queue)
+        ],
+    }

@@ -1,0 +1,127 @@
+"""What other ends say on QP1: to a connection that is there, or to a listener, which gets a child for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from softroce_ext.cm import fields
+from softroce_ext.cm import messages as m
+from softroce_ext.cm.ids import QPT_UD, CmEvent, Endpoint, EventType, IdState
+from softroce_ext.cm.params import ud_param
+from softroce_ext.device import limits
+from softroce_ext.device.errors import VerbsError
+from softroce_ext.wire.path import Path
+
+if TYPE_CHECKING:
+    from softroce_ext.cm.manager import CommunicationManager
+
+
+class Incoming:
+    """Takes every MAD for a `CommunicationManager`, which counts what becomes of each."""
+
+    def __init__(self, cm: CommunicationManager) -> None:
+        self._cm = cm
+
+    def on_mad(self, packet: Any, source_qpn: int, mad: memoryview, now: float) -> None:
+        """Take a MAD of QP1. Never raises for what is in it."""
+        cm = self._cm
+        try:
+            message = m.unpack(mad)
+        except m.MessageError:
+            cm.counters["malformed"] += 1
+            return
+        cm.count("rx_msgs", message.kind)
+        half = len(packet.addresses) // 2
+        source, destination = bytes(packet.addresses[:half]), bytes(packet.addresses[half:])
+        back = Path(cm.adapter.mac, bytes(packet.source_mac), destination, source, 0)
+        connection = cm.connections.find(message, source)
+        if connection is not None and connection.owner is not None and connection.owner.queue.held_at is not None:
+            cm.counters["held"] += 1  # the peer says it again, to the place where the program runs then
+        elif connection is not None:
+            cm.connections.heard_from(connection, back)
+            if connection.receive(message, now):
+                cm.counters["received"] += 1
+            else:
+                cm.counters["out_of_state"] += 1
+                cm.count("rx_duplicates", message.kind)
+            cm.work(connection)
+        elif message.kind in (m.Kind.REQ, m.Kind.SIDR_REQ):
+            try:
+                self._requested(message, source, destination, back, now)
+            except (m.MessageError, VerbsError):
+                cm.counters["malformed"] += 1
+                self._refuse(message, back, m.Reason.INVALID_SERVICE_ID)
+        elif message.kind is m.Kind.DREQ:
+            # Its connection is forgotten here: the peer need not wait for us.
+            ids = {"local_comm_id": message["remote_comm_id"], "remote_comm_id": message["local_comm_id"]}
+            cm.send(back, m.Message(m.Kind.DREP, message.transaction_id, ids))
+        elif message.kind is m.Kind.REP:
+            self._refuse(message, back, m.Reason.INVALID_COMM_ID)
+        else:
+            cm.counters["unknown_connection"] += 1
+
+    def _refuse(self, message: m.Message, back: Path, reason: m.Reason) -> None:
+        if message.kind is m.Kind.SIDR_REQ:
+            about = {"request_id": message["request_id"], "status": 1, "service_id": message["service_id"]}
+            answer = m.Message(m.Kind.SIDR_REP, message.transaction_id, about)
+        else:
+            about = {
+                "remote_comm_id": message["local_comm_id"],
+                "message_rejected": int(message.kind is m.Kind.REP),
+                "reason": reason,
+            }
+            answer = m.Message(m.Kind.REJ, message.transaction_id, about)
+        self._cm.send(back, answer)
+
+    def _requested(self, message: m.Message, source: bytes, destination: bytes, back: Path, now: float) -> None:
+        cm = self._cm
+        datagrams = message.kind is m.Kind.SIDR_REQ
+        header = m.IpHeader.unpack(message.private)
+        if header.source != source or header.destination != destination:
+            raise m.MessageError("the IP header speaks of other addresses than the packet")
+        service = message["service_id"]
+        port_space, port = service >> 16, service & 0xFFFF
+        here, there = Endpoint(destination, port), Endpoint(source, header.source_port)
+        listener = cm.ports.listener(port_space, here)
+        if listener is None or (listener.qp_type == QPT_UD) != datagrams:
+            cm.counters["no_listener"] += 1
+            self._refuse(message, back, m.Reason.INVALID_SERVICE_ID)
+            return
+        if listener.queue.held_at is not None:
+            cm.counters["held"] += 1
+            return
+        if not datagrams:
+            for other in cm.connections.stale(message, source):
+                other.disconnect(now)
+                cm.work(other)
+        if listener.waiting >= listener.backlog:
+            cm.counters["backlog_full"] += 1
+            self._refuse(message, back, m.Reason.CONSUMER_DEFINED)
+            return
+        child = cm.create(listener.queue, 0, listener.port_space, listener.qp_type)
+        child.source, child.destination, child.on_device = here, there, True
+        child.state = IdState.CONNECT
+        child.tos = listener.tos
+        connection = cm.connections.new(back, child)
+        connection.requested(message)
+        child.connection = connection
+        cm.connections.know_peer(connection)
+        rest = message.private[m.IP_HEADER_BYTES :]
+        if datagrams:
+            child.path_mtu = limits.active_mtu(cm.adapter.interface_mtu)
+            param = ud_param(0, 0, None, rest)
+        else:
+            mtu = message["path_mtu"] if message["path_mtu"] in limits.MTU_BYTES else 1
+            child.path_mtu = min(mtu, limits.active_mtu(cm.adapter.interface_mtu))
+            child.flow_label = message["primary_flow_label"]
+            child.tos = message["primary_traffic_class"]
+            child.ack_timeout = message["primary_ack_timeout"]
+            child.retry_count = message["retry_count"]
+            child.rnr_retry_count = message["rnr_retry_count"]
+            child.responder_resources = message["initiator_depth"]
+            child.initiator_depth = message["responder_resources"]
+            param = fields.told(message, rest)
+        listener.waiting += 1
+        ece = fields.ece(message)
+        listener.queue.post(CmEvent(listener, EventType.CONNECT_REQUEST, 0, param, child=child, ece=ece))
+        cm.work(connection)
