@@ -60,6 +60,7 @@ def _post(link: Link, begin: Callable[[], Any], more: Callable[[], Any] | None =
     """One request between wr_start and wr_complete; its wr_id."""
     qp = link.qp
     qp.wr_id, qp.wr_flags = link.number("send"), e.IBV_SEND_SIGNALED | flags
+    link.fenced |= bool(flags & e.IBV_SEND_FENCE)
     begin()
     if more is not None:
         more()
