@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from testbed import ip6, summary
@@ -65,7 +66,7 @@ class Move:
         folder.event("migration_started", index=move.index, app=move.app, from_host=move.source, to_host=move.to)
         self._began = time.monotonic()
         for host in (self._source, self._target):
-            host.subscribe(self._timeline.listen)
+            host.subscribe(self._listen)
         counted = {name: observe.counters(host) for name, host in self._session.hosts.items()}
         failure: TestbedError | None = None
         rolled_back = False
@@ -90,6 +91,15 @@ class Move:
             partner_gap_ms=record.partner_gap_ms,
         )
         return record
+
+    def _listen(self, host: str, event: Mapping[str, Any]) -> None:
+        """An agent's event, in the thread that reads from the host: an error there would lose the answers to come."""
+        try:
+            self._timeline.listen(host, event)
+        except OSError as error:
+            note = f"events.jsonl is incomplete: {error}"
+            if note not in self._notes:
+                self._notes.append(note)
 
     # ---- the phases --------------------------------------------------------------------------------------------------
 

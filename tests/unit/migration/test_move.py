@@ -102,6 +102,23 @@ def test_a_source_that_cannot_clean_up_does_not_spoil_the_migration() -> None:
     consistent(world, "h3")
 
 
+def test_events_that_cannot_be_written_break_nothing_in_the_threads_that_read_from_hosts() -> None:
+    world = World()
+    made = session(world)
+    write = made.folder.event
+
+    def full(name: str, **fields: object) -> None:
+        if fields.get("phase") in ("freeze", "thaw"):  # told by an agent
+            raise OSError(28, "No space left on device")
+        write(name, **fields)
+
+    made.folder.event = full  # type: ignore[method-assign, assignment]
+    record = migrate(made, migration())
+    assert record.ok and "events.jsonl is incomplete: [Errno 28] No space" in (record.hint or "")
+    assert list(record.phases_ms) == list(PHASES), "what was told is known all the same"
+    consistent(world, "h3")
+
+
 @pytest.mark.parametrize("also", ["abort", "undo_move"])
 def test_an_undo_that_fails_does_not_keep_the_others_from_running(also: str) -> None:
     world = World()
