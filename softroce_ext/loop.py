@@ -44,6 +44,8 @@ class Descriptors:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._gone: set[int] = set()
+        """Unwatched since epoll was asked: what it said of them is not about whoever has their numbers now."""
 
     def watch(self, fd: int, callback: Callable[[int], None]) -> None:
         """Call `callback(events)` when `fd` is readable or hung up."""
@@ -52,6 +54,7 @@ class Descriptors:
 
     def unwatch(self, fd: int) -> None:
         """The opposite of `watch`; unknown descriptors are ignored."""
+        self._gone.add(fd)
         if self._callbacks.pop(fd, None) is not None:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
@@ -60,9 +63,11 @@ class Descriptors:
         """Wait for events at most `timeout` seconds and serve them; whether there were any."""
         callbacks = self._callbacks
         events = self._epoll.poll(timeout)
+        gone = self._gone
+        gone.clear()
         for fd, what in events:
             callback = callbacks.get(fd)
-            if callback is not None:
+            if callback is not None and fd not in gone:
                 callback(what)
         return bool(events)
 

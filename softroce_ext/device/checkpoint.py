@@ -25,6 +25,7 @@ from softroce_ext.device.image_checks import check_context, check_image
 from softroce_ext.device.memory import ProcessMemory
 from softroce_ext.device.queue_pair import QPT_RC, QPT_UC, QPT_UD, Capabilities, Destination, QueuePair
 from softroce_ext.device.regions import KEY_BITS, MemoryRegion, MemoryWindow, ProtectionDomain
+from softroce_ext.transport.answers import drop_reads
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.migros import address_changed
 from softroce_ext.transport.qp import QueuePair as TransportQueuePair
@@ -333,6 +334,7 @@ def _restore_qp(
     _check_qp_context(record.context)
     qp_context = QpContext.from_plain(record.context)
     check_context(qp_context)
+    drop_reads(qp_context)  # the program's memory cannot be read before it runs
     if qp_context.qp_type != record.kind or record.kind not in (QPT_RC, QPT_UC, QPT_UD):
         raise ImageError(f"queue pair {record.handle}: type {record.kind}, in its context {qp_context.qp_type}")
     if qp_context.path is not None:

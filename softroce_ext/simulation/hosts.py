@@ -23,6 +23,8 @@ class Ram:
     def __init__(self, size: int) -> None:
         self.data = bytearray(size)
         self.deferred: list[tuple[int, Buffer]] = []
+        self.fault: MemoryFault | None = None
+        """Of a deferred write, until `flush` tells."""
         self.unmapped: set[int] = set()
         """Addresses whose access faults (at `read`, and at `flush` for a write)."""
 
@@ -33,6 +35,7 @@ class Ram:
         return at
 
     def read(self, address: int, length: int) -> Buffer:
+        self._carry_out()
         at = self._check(address, length)
         return memoryview(self.data)[at : at + length]
 
@@ -40,17 +43,20 @@ class Ram:
         self.deferred.append((address, data))
 
     def flush(self) -> None:
+        self._carry_out()
+        fault, self.fault = self.fault, None
+        if fault:
+            raise fault
+
+    def _carry_out(self) -> None:
         deferred, self.deferred = self.deferred, []
-        fault = None
         for address, data in deferred:
             try:
                 at = self._check(address, len(data))
             except MemoryFault as error:
-                fault = fault or error
+                self.fault = self.fault or error
                 continue
             self.data[at : at + len(data)] = data
-        if fault:
-            raise fault
 
 
 @dataclass
@@ -259,6 +265,8 @@ class Host:
         self.engine = Engine(config)
         self.alive = True
         """A dead host takes no frames and sends none."""
+        self.room = 64
+        """Frames that it builds before they leave."""
 
     def turn(self, frames: list[bytes], now: float, batch: int = 64) -> list[bytes]:
         """Receive `frames` in batches, run timers, return the frames to send. Buffers are spoiled after each batch."""
@@ -277,7 +285,7 @@ class Host:
         """The frames that the engine wants to send now."""
         frames: list[bytes] = []
         while True:
-            sink = ByteSink()
+            sink = ByteSink(self.room)
             if not self.engine.frames_to_send(now, sink):
                 return frames
             frames += sink.frames

@@ -52,6 +52,8 @@ class Plan:
     """At most, of each end."""
     loss: float | None = None
     migrate: bool | None = None
+    short_turns: bool = True
+    """Turns to send, and what is built at once, may be as short as one frame."""
 
 
 @dataclass
@@ -100,6 +102,11 @@ class Schedule:
         self.ipv6 = draw.random() < 0.2
         config = EngineConfig(window=draw.choice((8, 128)))
         self.hosts = [Host(1, config), Host(2, config)]
+        if self.plan.short_turns:
+            turns = random.Random(f"turns {seed}")  # of its own: with or without it a seed draws the same
+            config.quantum = turns.choice((1, 3, 32))
+            for host in self.hosts:
+                host.room = turns.choice((1, 4, 64))
         self.world = World(*self.hosts, link=self.link)
         self.pairs = [self._connect(number) for number in range(self.plan.qps)]
         self.migrations = 0
@@ -208,6 +215,7 @@ class Schedule:
         old = end.host
         new = Host(3, old.engine.config)
         new.engine.port_mtu = MTU
+        new.room = old.room
         self.world.hosts.append(new)
         context = QpContext.from_plain(end.context.to_plain())
         old.engine.remove_qp(context.qpn)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from softroce_ext.transport.completion import enter_error
 from softroce_ext.transport.context import Acknowledge, QpContext, ReadAnswer
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError
-from softroce_ext.transport.verbs import Access, QpEvent, WcStatus
+from softroce_ext.transport.verbs import Access, QpEvent, QpState, WcStatus
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.headers import (
     ACK_UNLIMITED,
@@ -144,7 +144,15 @@ def refuse(qp: QueuePair, psn: int, fault: RequestFault) -> None:
     else:
         qp.counters["send_fatal_nak"] += 1
     context.answers.append(Acknowledge(psn, fault.syndrome, context.msn))
-    enter_error(qp, fault.receive_status, fault.event)
+    if context.state != QpState.ERR:  # it may have failed since it promised the READ whose memory has gone now
+        enter_error(qp, fault.receive_status, fault.event)
+
+
+def drop_reads(context: QpContext) -> None:
+    """READ responses that have not left are not sent: who still wants them asks again."""
+    kept = [answer for answer in context.answers if not isinstance(answer, ReadAnswer)]
+    context.answers.clear()
+    context.answers.extend(kept)
 
 
 def send_answers(qp: QueuePair, sink: FrameSink, budget: int) -> int:

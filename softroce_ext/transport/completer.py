@@ -277,6 +277,8 @@ def _rnr_nak(qp: QueuePair, psn: int, code: int, now: float) -> None:
     if not acknowledge(qp, psn, now) or context.una_psn != psn:
         _answer_lost(qp)
         return
+    if context.rnr_deadline is not None:
+        return  # a second one for the same PSN: the wait has begun
     if context.rnr_left == 0:
         fail_oldest(qp, WcStatus.RNR_RETRY_EXC_ERR)
         return
@@ -303,6 +305,8 @@ def _nak(qp: QueuePair, packet: Packet, syndrome: int, now: float) -> None:
             qp.counters["rcvd_seq_err"] += 1  # rxe counts those only that acknowledge something, too
         if context.rnr_deadline is not None or context.send_psn == context.una_psn:
             return  # about to send from there anyway
+        if context.retry_started and psn == before:
+            return  # a responder asks once for a gap: the link has doubled it
         if not complete:
             _answer_lost(qp)
             return

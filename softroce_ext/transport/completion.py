@@ -132,7 +132,7 @@ def enter_error(qp: QueuePair, receive_status: int | None, event: QpEvent | None
     context = qp.context
     context.state = _ERR
     context.ack_deadline = context.rnr_deadline = context.pause_deadline = context.resume_deadline = None
-    context.paused = context.resume_pending = False
+    context.paused = context.resume_pending = context.sq_draining = False
     context.message = 0
     qp.ack_pending = False
     while context.inflight:

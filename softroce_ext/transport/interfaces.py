@@ -30,7 +30,10 @@ class Memory(Protocol):
     """One process's address space. Addresses are that process's virtual addresses, lengths are bytes."""
 
     def read(self, address: int, length: int) -> Buffer:
-        """Return `length` bytes; the buffer is valid until the next call of `read`. Raises MemoryFault."""
+        """Return `length` bytes, as earlier writes left them; the buffer is valid until the next call of `read`.
+
+        Raises MemoryFault for what is read; that of an earlier write is kept for `flush`.
+        """
 
     def write(self, address: int, data: Buffer) -> None:
         """Store `data`; may be deferred until `flush`, but `data` stays valid until then. Raises MemoryFault."""

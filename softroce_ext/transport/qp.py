@@ -154,12 +154,15 @@ class QueuePair:
         """
         context = self.context
         target = states.check(context.state, attributes, context.qp_type)
+        if context.sq_draining and "qp_state" in attributes and target != QpState.ERR:
+            raise InvalidTransition("the send queue is still draining: wait for SQ_DRAINED")
         if target == QpState.RESET:
             self._reset()
             return
         if target == QpState.ERR:
             if context.state != QpState.ERR:
                 completion.enter_error(self, None, None)
+                answers.drop_reads(context)
             self.engine.publish()
             return
         before = context.state
@@ -261,7 +264,10 @@ class QueuePair:
         if context.answers:
             sent = answers.send_answers(self, sink, budget)
         if context.state in _RTS_SQD or (context.resume_pending and context.state == _RTR):
-            if context.stopped or sent >= budget:
+            if context.stopped:
+                return sent
+            if sent >= budget:
+                self.more = True  # requests may wait, and nothing else would ask for their turn
                 return sent
             if context.resume_pending:
                 return sent + migros.send_resume(self, now, sink)

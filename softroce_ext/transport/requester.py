@@ -101,7 +101,9 @@ def send_requests(qp: QueuePair, now: float, sink: FrameSink, budget: int) -> in
             continue
         room = window - (context.send_psn - context.una_psn & PSN_MASK)
         if room <= 0:
-            return sent
+            if context.noack_packets < window:
+                return sent
+            room = 1  # the window was larger, and none of those on the way asks for an ACK: the next one does
         try:
             if wqe.opcode in READS:
                 _send_read(qp, record, sink)

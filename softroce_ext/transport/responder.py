@@ -337,16 +337,15 @@ def _atomic(qp: QueuePair, packet: Packet) -> int:
     except ProtectionError:
         raise remote_access() from None
     try:
-        memory.flush()  # what earlier packets of the batch wrote there
-        original = int.from_bytes(memory.read(local, 8), "little")
+        original = int.from_bytes(memory.read(local, 8), "little")  # with what earlier packets of the batch wrote
         if packet.opcode == op.FETCH_ADD:
             value = original + swap_or_add & (1 << 64) - 1
         else:
             value = swap_or_add if original == compare else original
         memory.write(local, value.to_bytes(8, "little"))
-        memory.flush()
     except MemoryFault:
         raise remote_operational() from None
+    qp.will_write(memory, True)
     flush_ack(qp)
     context.msn = context.msn + 1 & PSN_MASK
     resource = ResponderResource(packet.psn, 1, context.msn, True, original)

@@ -16,6 +16,7 @@ import pytest
 from softroce_ext.simulation.__main__ import attempt, main, run_chunk
 from softroce_ext.simulation.schedule import Plan
 from softroce_ext.transport import completer, engine, responder
+from softroce_ext.transport.qp import QueuePair
 from softroce_ext.wire.frame import Packet, parse
 from softroce_ext.wire.headers import PSN_MASK
 from softroce_ext.wire.icrc import SEED_IPV4, crc32
@@ -53,7 +54,7 @@ def test_thousands_of_queue_pairs(service: str) -> None:
 @pytest.mark.parametrize("seed", [101447, 127593, 130516, 145505, 152566, 155622, 156076])
 def test_an_rnr_nak_while_paused_does_not_silence_the_queue_pair(seed: int) -> None:
     """Seeds that found it: RNR NAK after a stale NAK_STOPPED; its wait ended unseen and nothing was sent any more."""
-    _, reason, _ = attempt(seed, Plan())
+    _, reason, _ = attempt(seed, Plan(short_turns=False))
     assert reason == ""
 
 
@@ -133,6 +134,18 @@ def take_what_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softroce_ext.transport.qp.responder.receive_request", hasty)
 
 
+def forget_what_a_full_turn_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest: Callable[..., int] = QueuePair.transmit
+
+    def short(self: QueuePair, now: float, sink: engine.FrameSink, budget: int) -> int:
+        sent = honest(self, now, sink, budget)
+        if sent == budget and not self.context.answers:
+            self.more = False
+        return sent
+
+    monkeypatch.setattr(QueuePair, "transmit", short)
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -142,6 +155,7 @@ def take_what_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
         believe_a_wrong_icrc,
         execute_duplicate_sends,
         take_what_is_ahead,
+        forget_what_a_full_turn_left,
     ],
     ids=lambda mutant: mutant.__name__,
 )

@@ -181,6 +181,33 @@ def test_the_end_of_a_program_is_told(parts: Parts, descriptors: Descriptors, ch
     assert not program.awake
 
 
+def test_an_event_of_a_descriptor_is_not_for_who_has_its_number_next(descriptors: Descriptors) -> None:
+    """Both are readable; the first closes the second, and its number is taken by a newcomer in the same round."""
+    log: list[str] = []
+    pipes = [os.pipe(), os.pipe(), os.pipe()]
+    first, second, newcomer = (reader for reader, _ in pipes)
+
+    def replace(name: str, other: int) -> None:
+        log.append(name)
+        descriptors.unwatch(other)
+        os.dup2(newcomer, other)
+        descriptors.watch(other, lambda _: log.append("the newcomer"))
+
+    descriptors.watch(first, lambda _: replace("first", second))
+    descriptors.watch(second, lambda _: replace("second", first))
+    for _, writer in pipes[:2]:
+        os.write(writer, b"!")
+    descriptors.serve(0.0)
+    assert log in (["first"], ["second"])
+    os.write(pipes[2][1], b"!")
+    os.read(first if log == ["first"] else second, 1)
+    descriptors.serve(0.0)
+    assert log[1:] == ["the newcomer"]
+    for pipe in pipes:
+        for fd in pipe:
+            os.close(fd)
+
+
 def test_an_ignored_program_calls_nobody(parts: Parts, descriptors: Descriptors, channel: Channel) -> None:
     loop, program = parts.loop(descriptors), context(channel)
     loop.listen(program, lambda _: parts.log.append("ended"))

@@ -190,6 +190,31 @@ def test_remote_pages_are_gone(opcode: WrOpcode) -> None:
     assert status == WcStatus.REM_OP_ERR
 
 
+def test_an_atomic_behind_a_write_that_could_not_be_stored() -> None:
+    """In one batch: the WRITE must not succeed because the atomic has found the fault first."""
+    scene = pair()
+    scene.there.ram.unmapped.add(BASE + 100)
+    scene.here.post(WRITE, 1, BASE, 10, remote_address=BASE + 100)
+    scene.here.post(ADD, 2, BASE, 8, remote_address=BASE + 2048)
+    status, _ = outcome(scene)
+    assert status == WcStatus.REM_OP_ERR
+    assert [wc.wr_id for wc in scene.here.scq.entries] == [1, 2]
+
+
+def test_another_queue_pair_is_not_to_blame() -> None:
+    """Both use one process's memory; what came for both came in one batch."""
+    scene = pair()
+    other = end(scene.here.host, 19), end(scene.there.host, 20)
+    connect(*other)
+    other[1].pd.ram = scene.there.ram
+    scene.there.ram.unmapped.add(BASE + 100)
+    scene.here.post(WRITE, 1, BASE, 10, remote_address=BASE + 100)
+    other[0].post(ADD, 2, BASE, 8, remote_address=BASE + 2048)
+    status, _ = outcome(scene)
+    assert status == WcStatus.REM_OP_ERR
+    assert other[0].scq.entries[0].status == WcStatus.REM_OP_ERR, "the process's memory is in doubt for all"
+
+
 @pytest.mark.parametrize("opcode", [WRITE, READ, ADD])
 def test_a_partner_whose_process_has_ended_is_silent(opcode: WrOpcode) -> None:
     """Its memory goes before its queue pairs do: no NAK leaves, the requester's retries end."""

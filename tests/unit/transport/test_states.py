@@ -234,6 +234,9 @@ def test_sqd_lets_begun_requests_end_and_says_so() -> None:
     world.step()
     here.post(WrOpcode.RDMA_WRITE, 2, length=4)
     here.qp.modify({"qp_state": QpState.SQD, "en_sqd_async_notify": 1})
+    for state in (QpState.RTS, QpState.SQD, QpState.RESET):
+        with pytest.raises(InvalidTransition, match="draining"):  # as rxe
+            here.qp.modify({"qp_state": state})
     world.run(lambda: bool(here.events.seen))
     assert here.events.seen == [(17, QpEvent.SQ_DRAINED)]
     assert [wc.wr_id for wc in here.scq.entries] == [1]
@@ -241,6 +244,31 @@ def test_sqd_lets_begun_requests_end_and_says_so() -> None:
     assert len(here.scq.entries) == 1
     here.qp.modify({"qp_state": QpState.RTS})
     world.run(lambda: len(here.scq.entries) == 2)
+
+
+def test_error_ends_draining() -> None:
+    here = bring_to(QpState.RTS)
+    here.post(WrOpcode.SEND, 1, length=10)
+    here.host.pull(0.0)
+    here.qp.modify({"qp_state": QpState.SQD})
+    here.qp.modify({"qp_state": QpState.ERR})
+    here.qp.modify({"qp_state": QpState.RESET})
+    assert snapshot(here) == snapshot(fresh())
+
+
+def test_error_ends_what_is_being_read_here() -> None:
+    """Its memory may be deregistered now: nobody must be told of a fault then."""
+    a, b = Host(1), Host(2)
+    here, there = end(a, 17), end(b, 18)
+    connect(here, there)
+    there.post(WrOpcode.RDMA_READ, 1, length=40000)
+    there.post(WrOpcode.RDMA_WRITE, 2, length=10)
+    for frame in b.pull(0.0):
+        a.engine.receive(memoryview(frame), 0.0)
+    a.engine.end_of_batch(0.0)
+    here.qp.modify({"qp_state": QpState.ERR})
+    here.pd.regions.clear()
+    assert not a.pull(0.0) and not here.events.seen
 
 
 def test_numbers_are_unique_and_removal_is_silent() -> None:

@@ -22,6 +22,7 @@ from softroce_ext.device import checkpoint, image
 from softroce_ext.device.context import Context
 from softroce_ext.device.errors import ImageError
 from softroce_ext.device.regions import MemoryRegion, ProtectionDomain
+from softroce_ext.transport.context import Acknowledge, ReadAnswer, ResponderResource
 from softroce_ext.transport.interfaces import ProtectionError, SendWqe
 from softroce_ext.transport.verbs import Access, WrOpcode
 from softroce_ext.uverbs.abi import Command
@@ -102,6 +103,18 @@ def test_round_trip(full: Program, second_upper: Make, tmp_path: Path) -> None:
         assert WirePath.from_plain(ah.path).source_mac == other.adapter.mac
         ah.path["source_mac"] = ah_there.path["source_mac"]
     assert after.contexts == before.contexts
+
+
+def test_a_read_that_was_being_answered(full: Program, second_upper: Make, tmp_path: Path) -> None:
+    """Its memory is not there before the program is: the partner asks again. Its queue pair must not fail for it."""
+    context = full.context.queue_pairs[0].transport.context
+    resource = ResponderResource(100, 4, 1, False, 0, address_of(MEMORY), 1, 4 * context.path_mtu)
+    context.resources.append(resource)
+    context.answers.extend([Acknowledge(99, 31, 0), ReadAnswer(resource, 2)])
+    (moved,) = restored(second_upper(), written(full.upper, tmp_path / "image"))
+    after = moved.queue_pairs[0].transport.context
+    assert [type(answer) for answer in after.answers] == [Acknowledge]
+    assert list(after.resources) == list(context.resources), "it can be answered when it is asked for again"
 
 
 def test_windows_stay_what_they_are(full: Program, second_upper: Make, tmp_path: Path) -> None:
