@@ -19,7 +19,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -45,8 +45,13 @@ class RunFolder:
     Use as a context manager, or call `close`; `finish` writes the summary.
     """
 
-    def __init__(self, path: Path, topology: str, seed: int, *, started: float | None = None) -> None:
-        """Take over the existing folder `path`; `started` is time.monotonic() of the run's start (default: now)."""
+    def __init__(
+        self, path: Path, topology: str, seed: int, *, started: float | None = None, made: Iterable[Path] = ()
+    ) -> None:
+        """Take over the existing folder `path`; `started` is time.monotonic() of the run's start (default: now).
+
+        `made`: folders above it that were made for it, and that belong to the user behind sudo as it does.
+        """
         self.path = path.absolute()
         self.topology = topology
         self.seed = seed
@@ -55,6 +60,7 @@ class RunFolder:
         self.started_utc = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         self._lock = threading.RLock()
         self._listeners: list[Listener] = []
+        self._made = tuple(made)
         self._events = (self.path / "events.jsonl").open("a", encoding="utf-8", buffering=1)
         for sub in ("pcaps", "logs"):
             (self.path / sub).mkdir(exist_ok=True)
@@ -63,12 +69,13 @@ class RunFolder:
     def create(cls, topology: str, *, seed: int, root: Path | None = None) -> RunFolder:
         """Make `root/<topology>/<UTC>-<id>/`. Raises OSError (a full disk, no right to write)."""
         safe = re.sub(r"[^A-Za-z0-9_.-]", "_", topology).lstrip(".") or "unnamed"
-        parent = (root or default_root()) / safe
+        parent = ((root or default_root()) / safe).absolute()
+        made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         parent.mkdir(parents=True, exist_ok=True)
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         path = parent / f"{stamp}-{secrets.token_hex(3)}"
         path.mkdir()
-        return cls(path, topology, seed)
+        return cls(path, topology, seed, made=made)
 
     # ---- paths -----------------------------------------------------------------------------------------------------
 
@@ -139,7 +146,7 @@ class RunFolder:
         """Close events.jsonl; later events still reach the listeners. Idempotent."""
         with self._lock:
             self._events.close()
-        give_to_user(self.path)
+        give_to_user(self.path, self._made)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -150,12 +157,15 @@ class RunFolder:
         self.close()
 
 
-def give_to_user(path: Path) -> None:
-    """Under sudo, make the user who called it the owner of the results (and of folders made for them)."""
+def give_to_user(path: Path, made: Iterable[Path] = ()) -> None:
+    """Under sudo, make the user who called it the owner of the folder `path` with all in it, and of the folders `made`.
+
+    Of nothing else: the results may be below a folder of somebody else's, such as /tmp.
+    """
     if os.geteuid() != 0 or not os.environ.get("SUDO_UID", "").isdigit():
         return
     user, group = int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", "-1"))
-    for entry in [path.parent.parent, path.parent, path, *path.rglob("*")]:
+    for entry in [*made, path, *path.rglob("*")]:
         os.chown(entry, user, group, follow_symlinks=False)
 
 

@@ -59,6 +59,24 @@ class TestFolder:
         folder = RunFolder.create(name, seed=1, root=tmp_path / "results")
         assert folder.path.parent.parent == tmp_path / "results"
 
+    def test_sudo_s_user_gets_what_was_made_and_nothing_else(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Invariant: no folder that was there before the run changes its owner (it may be /tmp)."""
+        given: set[Path] = set()
+        monkeypatch.setattr("os.geteuid", lambda: 0)
+        monkeypatch.setattr("os.chown", lambda path, user, group, follow_symlinks: given.add(Path(path)))
+        monkeypatch.setenv("SUDO_UID", "1000")
+        monkeypatch.chdir(tmp_path)
+        for root, made in [("there", ["there/t"]), ("new/below", ["new", "new/below", "new/below/t"]), ("there", [])]:
+            Path("there").mkdir(exist_ok=True)
+            given.clear()
+            with RunFolder.create("t", seed=1, root=Path(root)) as folder:
+                pass
+            assert folder.path in given and folder.path / "events.jsonl" in given
+            outside = {path for path in given if folder.path not in (path, *path.parents)}
+            assert outside == {tmp_path / name for name in made}
+
     def test_unknown_events_and_fields_are_refused(self, tmp_path: Path) -> None:
         folder = RunFolder.create("t", seed=1, root=tmp_path)
         for name, fields in [("nonsense", {}), ("note", {}), ("note", {"text": "x", "more": 1})]:
