@@ -113,13 +113,23 @@ class SshTransport:
 
     def __init__(self, address: Address, timeout: float = 20.0) -> None:
         """Connect; sshd may just be starting, so try for `timeout` seconds. Raises EnvironmentProblem."""
+        import paramiko  # as in `_connect`
+
         self._client = _connect(address, timeout)
-        transport = self._client.get_transport()
-        if transport is None:
-            raise EnvironmentProblem("the SSH connection broke off", where=address.name)
-        transport.set_keepalive(10)
-        self._channel = transport.open_session(timeout=timeout)
-        self._channel.exec_command(address.command())
+        try:
+            transport = self._client.get_transport()
+            if transport is None:
+                raise paramiko.SSHException("the connection broke off")
+            transport.set_keepalive(10)
+            self._channel = transport.open_session(timeout=timeout)
+            self._channel.exec_command(address.command())
+        except (OSError, paramiko.SSHException, EOFError) as error:
+            self._client.close()
+            raise EnvironmentProblem(
+                f"no SSH session for the agent: {str(error) or type(error).__name__}",
+                where=address.name,
+                hint="is that host overloaded? its sshd's log says more",
+            ) from error
 
     def read(self) -> bytes:
         """As Transport.read."""
