@@ -104,7 +104,8 @@ class RunState:
         file        path
         directory   path, removed with its content
 
-        Further facts are kept for the reader. Raises EnvironmentProblem if the name is taken already.
+        Further facts are kept for the reader. Raises EnvironmentProblem if the name is taken already, or if Open
+        vSwitch does not say whether a bridge's is.
         """
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
@@ -113,11 +114,18 @@ class RunState:
             facts.setdefault("start", start_time(int(fact)))
         elif kind in ("file", "directory"):
             facts["existed"] = os.path.lexists(fact)
-        elif exists(kind, str(fact)):
-            raise EnvironmentProblem(
-                f"{kind.replace('_', ' ')} {fact} exists already",
-                hint="if a killed run left it: testbed clean; a live run is listed by: testbed status",
-            )
+        else:
+            taken = bridge_exists(str(fact)) if kind == "ovs_bridge" else exists(kind, str(fact))
+            if taken is None:
+                raise EnvironmentProblem(
+                    f"Open vSwitch does not say whether there is a bridge {fact}",
+                    hint="does `ovs-vsctl show` answer? its server may be overloaded",
+                )
+            if taken:
+                raise EnvironmentProblem(
+                    f"{kind.replace('_', ' ')} {fact} exists already",
+                    hint="if a killed run left it: testbed clean; a live run is listed by: testbed status",
+                )
         self._count += 1
         token = f"{os.getpid()}.{self._count}"
         self._append({"kind": kind, "token": token, **{key: _plain(value) for key, value in facts.items()}})
@@ -199,7 +207,7 @@ def runs(base: Path = BASE) -> list[Run]:
 
 
 def exists(kind: str, what: str) -> bool:
-    """A thing of this kind and name is on the machine now (ours or not)."""
+    """A thing of this kind and name is, or may be, on the machine now (ours or not)."""
     if kind == "link":
         return os.path.exists(f"/sys/class/net/{what}")
     if kind == "netns":
@@ -207,12 +215,18 @@ def exists(kind: str, what: str) -> bool:
     if kind == "mount":
         return os.path.realpath(what) in mounts()
     if kind == "ovs_bridge":
-        # Exit code 2 of br-exists: no such bridge. Anything else: Open vSwitch does not answer, and its database, which
-        # outlives it, may still have the bridge.
-        argv = ["ovs-vsctl", "--timeout=5", "br-exists", what]
-        known = shutil.which(argv[0]) is not None
-        return known and subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True).returncode != 2
+        # No answer: Open vSwitch's database, which outlives it, may still have the bridge.
+        return bridge_exists(what) is not False
     return os.path.lexists(what)
+
+
+def bridge_exists(name: str) -> bool | None:
+    """Whether Open vSwitch has this bridge; None if it does not answer (within 30 s)."""
+    argv = ["ovs-vsctl", "--timeout=30", "br-exists", name]
+    if shutil.which(argv[0]) is None:
+        return False
+    code = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True).returncode
+    return {0: True, 2: False}.get(code)
 
 
 def call(*argv: str) -> str | None:

@@ -209,3 +209,50 @@ def test_folder_with_something_mounted_below_is_kept(tmp_path: Path, monkeypatch
     assert state.runs(tmp_path / "runs") != []  # still known, so that a second clean can finish it
     monkeypatch.undo()
     assert cleanup.clean(state.read(tmp_path / "runs" / R1)) == [f"directory {tmp_path}/d"]
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("exit 0", "ovs bridge b exists already"),
+        ("exit 1", "does not say whether there is a bridge b"),
+        ("kill -ALRM $$", "does not say whether there is a bridge b"),  # its --timeout
+        ("exit 2", None),
+    ],
+)
+def test_only_a_bridge_that_is_there_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, message: str | None
+) -> None:
+    """Invariant: a server that does not answer is not taken for a bridge; for `clean` there may be one all the same."""
+    tool = tmp_path / "bin" / "ovs-vsctl"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{end}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    run_state = RunState.create(R1, tmp_path / "runs")
+    if message is None:
+        run_state.record("ovs_bridge", name="b")
+    else:
+        with pytest.raises(EnvironmentProblem, match=message):
+            run_state.record("ovs_bridge", name="b")
+    assert state.exists("ovs_bridge", "b") is (message is not None)
+    assert len(state.read(run_state.directory).entries) == (message is None)
+
+
+def test_a_removal_without_an_answer_is_told_and_the_rest_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    run = written_by_a_dead_process(
+        tmp_path / "runs",
+        R1,
+        f"state.record('link', name='m-eth0'); f = Path({str(file)!r}); state.record('file', path=f); f.touch()",
+    )
+
+    def hang(*argv: str) -> str | None:
+        raise subprocess.TimeoutExpired(argv, 30)
+
+    monkeypatch.setattr(cleanup, "call", hang)
+    monkeypatch.setattr(cleanup, "exists", lambda kind, what: True)
+    told, removed = cleanup.clean(run)
+    assert told.startswith("link m-eth0: NOT removed: ") and "30 seconds" in told
+    assert removed == f"file {file}" and not file.exists()
+    assert [entry["kind"] for entry in state.read(run.directory).entries] == ["link", "file"]
