@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import errno
 import os
+import queue
 import secrets
 import signal
 import threading
@@ -28,7 +29,7 @@ from testbed.migrations import Schedule
 from testbed.network import Network, fixtures
 from testbed.results import Listener, RunFolder
 from testbed.session import Session
-from testbed.state import RunState, runs
+from testbed.state import RunState, read, runs
 from testbed.topology import ResolvedHost, ResolvedTopology
 from testbed.topology.models import HEADROOM
 
@@ -329,14 +330,28 @@ class _Run:
 
 @contextlib.contextmanager
 def _no_interrupt(tell: Callable[[], None]) -> Iterator[None]:
-    """A second Ctrl-C must not cut the clean-up short: it is answered by `tell`."""
+    """A second Ctrl-C must not cut the clean-up short: it is answered by `tell`, in another thread.
+
+    The handler itself takes no lock: the main thread, which it interrupts, may hold the very one that `tell` needs.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.signal(number, lambda *_: tell()) for number in _INTERRUPTS}
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # its `put` may be called by a signal handler
+
+    def answer() -> None:
+        while asked.get():
+            with contextlib.suppress(OSError):  # a full disk: whoever writes next in the main thread says so
+                tell()
+
+    teller = threading.Thread(target=answer, name="tell-interrupts", daemon=True)
+    teller.start()
+    old = {number: signal.signal(number, lambda *_: asked.put(True)) for number in _INTERRUPTS}
     try:
         yield
     finally:
+        asked.put(False)
+        teller.join()
         for number, handler in old.items():
             signal.signal(number, handler)
 
@@ -374,8 +389,9 @@ def _close_all(hosts: dict[str, Host]) -> None:
 
 
 def _forget(state: RunState) -> None:
-    """The last thing: nothing is left that the state file would have to name."""
-    state.close()
+    """The last thing: the state file goes, unless it names what could not be removed: then `testbed clean` needs it."""
+    if not read(state.directory).entries:
+        state.close()
     if not runs():
         fixtures.clean()
 

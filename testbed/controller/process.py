@@ -103,9 +103,9 @@ class ControllerProcess:
                 self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
-        self._process = None
         self.state.forget(self._token)
         self.socket.unlink(missing_ok=True)
+        self._process = None  # last: an interrupt before it leaves all of this to be done again
 
 
 def _python_path() -> str:

@@ -40,11 +40,16 @@ class CommandFailed(EnvironmentProblem):
 def command(*argv: str, stdin: str | None = None, pid: int | None = None, timeout: float = TIMEOUT) -> str:
     """Run it, in the namespaces (network, mount) of process `pid` if given; gives its standard output.
 
+    It has a session of its own: Ctrl-C on the terminal must not end a command of the clean-up. One that may interrupt
+    does so in this process, and subprocess.run then ends the command.
+
     Raises CommandFailed with what it wrote to standard error.
     """
     full = [*(["mnexec", "-a", str(pid)] if pid is not None else []), *argv]
     try:
-        done = subprocess.run(full, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            full, input=stdin, capture_output=True, text=True, timeout=timeout, check=False, start_new_session=True
+        )
     except FileNotFoundError as error:
         package = NEEDED.get(full[0])
         raise CommandFailed(full, "not found", f"apt install {package}" if package else None) from error

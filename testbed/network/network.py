@@ -161,11 +161,21 @@ class Network:
             self._bridges[name] = switch
 
     def _ender(self, node: Any, token: str) -> Callable[[], None]:
+        begun = False
+
         def end() -> None:
-            if node.inNamespace:
+            nonlocal begun
+            if node.shell is not None and node.inNamespace:
                 # A program that its agent could not end would keep the namespaces, and the interfaces in them, alive.
                 machine.end_namespace(node.pid)
-            node.terminate()
+            if not begun:
+                begun = True
+                node.terminate()
+            elif node.shell is not None:
+                # Interrupted in `terminate`, which would now close a descriptor that may be another file's.
+                node.shell.kill()
+                node.shell.wait()
+                node.shell = None
             self.state.forget(token)
 
         return end
@@ -334,15 +344,17 @@ class Network:
     def stop(self) -> None:
         """Remove all of it, newest first. Goes on after a failure; raises RunFailed at the end, naming what stayed.
 
-        Can be called again. What stayed is still in the state file, so `testbed clean` knows it.
+        Can be called again, also after an interrupt in the midst of it: a step counts as done when it has ended, so
+        each must bear being repeated. What stayed is still in the state file, so `testbed clean` knows it.
         """
         left: list[str] = []
         while self._undo:
-            what, undo = self._undo.pop()
+            what, undo = self._undo[-1]
             try:
                 undo()
             except Exception as error:  # whatever it is: the rest must go too
                 left.append(f"{what}: {error}")
+            self._undo.pop()
         self.hosts = {}
         self._servers = []
         self._bridges = {}

@@ -141,5 +141,5 @@ class Server:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._process = None
         self.state.forget(self._token)
+        self._process = None  # last: an interrupt before it leaves all of this to be done again
