@@ -44,12 +44,18 @@ def is_roce(frame: bytes) -> bool:
     return kind == b"\x86\xdd" and frame[20] == 17 and frame[56:58] == b"\x12\xb7"
 
 
+REQUESTS = frozenset((*range(13), 19, 20, 22, 23))
+"""RC opcodes of requests (IBA 9.2, table 38)."""
+
+
 class Direction:
     """One way over the link."""
 
     def __init__(self, into: socket.socket) -> None:
         self._into = into
-        self.counts = dict.fromkeys(("frames", "roce", "lost", "reordered", "duplicated", "unsent"), 0)
+        self.counts = dict.fromkeys(("frames", "roce", "lost", "reordered", "duplicated", "unsent", "renumbered"), 0)
+        """renumbered: RC requests whose PSN was another request's (other opcode or length) before: no NIC may do that,
+        but rxe 6.1 does."""
         self.held: list[tuple[float, int, bytes]] = []
         """(send not later than, frames still to pass first, frame)."""
         self.set({})
@@ -60,6 +66,7 @@ class Direction:
         self._duplicate = link.get("duplicate", 0.0)
         self._dice = random.Random(link.get("seed", 0) * 2 + salt)
         self._clean = not (self._loss or self._reorder or self._duplicate)
+        self._sent: dict[bytes, tuple[int, int]] = {}
         self.counts = dict.fromkeys(self.counts, 0)
 
     def _send(self, frame: bytes) -> None:
@@ -75,6 +82,7 @@ class Direction:
         if self._clean or not roce:
             self._send(frame)
             return
+        self._watch(frame)
         loss, reorder, duplicate = (self._dice.random() for _ in range(3))
         if loss < self._loss:
             self.counts["lost"] += 1
@@ -89,6 +97,14 @@ class Direction:
                 self._send(frame)
         self.held = [(end, left - 1, late) for end, left, late in self.held]
         self.release(now)
+
+    def _watch(self, frame: bytes) -> None:
+        """Count a request that goes by the PSN of another one."""
+        at = 42 if frame[12] == 0x08 else 62  # the BTH
+        if frame[at] in REQUESTS:
+            what = frame[at], len(frame)
+            key = frame[at + 5 : at + 8] + frame[at + 9 : at + 12]  # destination QPN, PSN
+            self.counts["renumbered"] += self._sent.setdefault(key, what) != what
 
     def release(self, now: float) -> None:
         """Send what has been held back for long enough."""
