@@ -176,6 +176,8 @@ class Applications:
             source, app.host = app.host, to
             self._changed.notify_all()
         self._folder.event("app_moved", app=name, from_host=source, to_host=to)
+        if not self._hosts[to].alive:  # its agent went before anybody knew that it had the application
+            self._ended(to, name, None, 9, time.monotonic())
 
     # ---- waiting -----------------------------------------------------------------------------------------------------
 

@@ -23,11 +23,11 @@ def address_add(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
 
 
 @operation("address_del")
-def address_del(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
-    """Remove `ip`/`prefix`. Fine if it is not there."""
-    present = addresses(agent.interface)
-    for address, length in ((ip, prefix), (ip6.companion(ip), ip6.NETWORK.prefixlen)):
-        if address in present:
+def address_del(agent: Agent, *, ip: str) -> dict[str, Any]:
+    """Remove `ip` and the IPv6 address beside it, whatever their prefixes. Fine if they are not there."""
+    wanted = ip6.both(ip)
+    for address, length in _with_prefixes(agent.interface):
+        if address in wanted:
             _run("ip", "address", "delete", f"{address}/{length}", "dev", agent.interface)
     return {}
 
@@ -40,8 +40,14 @@ def list_addresses(agent: Agent) -> dict[str, Any]:
 
 def addresses(interface: str) -> list[str]:
     """Addresses of `interface`, in the kernel's order."""
+    return [address for address, _ in _with_prefixes(interface)]
+
+
+def _with_prefixes(interface: str) -> list[tuple[str, str]]:
+    """(address, length of its prefix)."""
     words = _run("ip", "-oneline", "address", "show", "dev", interface).split()
-    return [words[i + 1].split("/")[0] for i, word in enumerate(words) if word in ("inet", "inet6")]
+    found = [words[i + 1].partition("/") for i, word in enumerate(words) if word in ("inet", "inet6")]
+    return [(address, length) for address, _, length in found]
 
 
 def _run(*argv: str) -> str:

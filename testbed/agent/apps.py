@@ -163,9 +163,9 @@ def read_exit(directory: Path) -> dict[str, Any]:
         return {"signal": int(signal.SIGKILL), "at": time.time()}
 
 
-def adopt(agent: Agent, *, name: str, init: int, argv: list[str], env: dict[str, str]) -> App:
+def adopt(agent: Agent, *, name: str, init: int, argv: list[str], env: dict[str, str], uses_nic: bool = False) -> App:
     """Take over an application that was restored here: `init` is its pid 1 as this host sees it."""
-    app = App(name, app_directory(agent, name), list(argv), dict(env), init)
+    app = App(name, app_directory(agent, name), list(argv), dict(env), init, uses_nic=uses_nic)
     _take(agent, app)
     return app
 

@@ -174,7 +174,7 @@ def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str,
                 nic.command("attach", {"contexts": move.contexts, "pids": pids}, NIC_SECONDS)
             agent.event("migration_resumed", migration=migration)
             move.done = True
-            apps.adopt(agent, name=move.app, init=init, argv=move.argv, env=move.env)
+            apps.adopt(agent, name=move.app, init=init, argv=move.argv, env=move.env, uses_nic=bool(move.contexts))
             if nic is not None:
                 # Past `timeout` the RESUMEs go on, but a partner that is silent must not keep the program frozen.
                 request = {"contexts": move.contexts, "source_ip": source_ip, "wait": True, "timeout": ACK_SECONDS}

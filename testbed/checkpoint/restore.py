@@ -114,6 +114,8 @@ class Restore:
     def abort(self, timeout: float = END_SECONDS) -> None:
         """Undo: CRIU kills whatever it restored and ends. Idempotent."""
         if self._fifo >= 0:
+            # A CRIU that has not opened it yet would wait in open(2) for somebody to write.
+            (self.images / FIRST_IMAGE).unlink(missing_ok=True)
             os.close(self._fifo)
             self._fifo = -1
         if self._restored is not None:

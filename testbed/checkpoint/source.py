@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +17,12 @@ from testbed import ip6
 from testbed.agent import addresses, apps
 from testbed.agent.nic import running_nic
 from testbed.agent.operations import OperationError, operation
+from testbed.agent.processes import send_signal, wait_ended
 from testbed.agent.service import Agent
 from testbed.checkpoint import criu_binary, inventory, network_lock, transfer, tree
-from testbed.checkpoint.dump import Dump
+from testbed.checkpoint.dump import END_SECONDS, Dump
+from testbed.checkpoint.hooks import CriuFailed
+from testbed.checkpoint.inventory import BadImage
 from testbed.checkpoint.restore import FIRST_IMAGE
 from testbed.checkpoint.stages import NIC_IMAGE, NIC_SECONDS, blame, collect, keep_logs, phase, phase_ended, workspace
 from testbed.checkpoint.transfer import Sender
@@ -106,7 +110,8 @@ def migrate_send(
                         running_nic(agent).command("address_remove", {"ip": ip6.companion(leaving)}, NIC_SECONDS)
                 return sent
             except BaseException:
-                _roll_back(agent, move)
+                with contextlib.suppress(OperationError):  # what is left of it is for migrate_rollback to try again
+                    _roll_back(agent, move)
                 raise
 
 
@@ -164,9 +169,17 @@ def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None =
         move.done = True
         released = apps.release(agent, move.app.name)
         with collect(problems):
-            move.dump.commit()
-        if released.launcher is not None:
-            released.launcher.wait()
+            try:
+                move.dump.commit()
+            except CriuFailed:
+                # A CRIU that died has let the program go: two copies must not run.
+                send_signal(released.init, signal.SIGKILL)
+                raise
+        with collect(problems):
+            if not wait_ended(released.init, END_SECONDS):
+                raise OperationError("the original does not end")
+            if released.launcher is not None:
+                released.launcher.wait()
         if move.contexts:
             with collect(problems):
                 running_nic(agent).command("discard", {"contexts": move.contexts}, NIC_SECONDS)
@@ -174,9 +187,7 @@ def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None =
             with collect(problems):
                 addresses.address_del(agent, ip=remove_address)
         with collect(problems):
-            table = inventory.lock_table((move.folder / "images" / FIRST_IMAGE).read_bytes())
-            if table is not None:
-                network_lock.remove(table)
+            _remove_lock(move)
         shutil.rmtree(move.folder, ignore_errors=True)
     return {"problems": problems}
 
@@ -193,23 +204,46 @@ def migrate_rollback(agent: Agent, *, migration: str) -> dict[str, Any]:
 
 
 def _roll_back(agent: Agent, move: Outgoing) -> None:
-    """CRIU resumes the tree, then the NIC its objects: what a RESUME brings needs somebody to take it."""
+    """CRIU resumes the tree, then the NIC its objects: what a RESUME brings needs somebody to take it.
+
+    Every step is tried, whatever becomes of the others. Raises OperationError; what failed can then be tried again.
+    """
     if move.done:
         return
+    problems: list[str] = []
+    with collect(problems):
+        if move.sender is not None:
+            move.sender.close()
+    with collect(problems):
+        if move.dump is not None:
+            move.dump.roll_back()
+            with contextlib.suppress(OSError, BadImage):  # not there before the images are complete
+                _remove_lock(move)
+    with collect(problems):
+        if move.policy is not None:
+            tree.change_policy(move.app.init, os.SCHED_OTHER, move.policy)
+            move.policy = None
+    with collect(problems):
+        if move.gid is not None:
+            for address in ip6.both(move.gid):
+                running_nic(agent).command("address_add", {"ip": address}, NIC_SECONDS)
+            move.gid = None
+    with collect(problems):
+        if move.held and move.contexts:
+            # Not waited for: the program runs already, and a silent partner does not make the roll-back a failure.
+            running_nic(agent).command("unhold", {"contexts": move.contexts, "wait": False}, NIC_SECONDS)
+        move.held = False
+    if problems:
+        raise OperationError("; ".join(problems))
     move.done = True
-    if move.sender is not None:
-        move.sender.close()
-    if move.dump is not None:
-        move.dump.roll_back()
-    if move.policy is not None:
-        tree.change_policy(move.app.init, os.SCHED_OTHER, move.policy)
-    if move.gid is not None:
-        for address in ip6.both(move.gid):
-            running_nic(agent).command("address_add", {"ip": address}, NIC_SECONDS)
-    if move.held and move.contexts:
-        # Not waited for: the program runs already, and a silent partner is no reason to call the roll-back a failure.
-        running_nic(agent).command("unhold", {"contexts": move.contexts, "wait": False}, NIC_SECONDS)
     keep_logs(agent, move.folder)
+
+
+def _remove_lock(move: Outgoing) -> None:
+    """CRIU's netfilter table, if it is still there. Raises OSError, BadImage."""
+    table = inventory.lock_table((move.folder / "images" / FIRST_IMAGE).read_bytes())
+    if table is not None:
+        network_lock.remove(table)
 
 
 def _outgoing(migration: str) -> Outgoing:

@@ -97,9 +97,12 @@ class Move:
         try:
             self._timeline.listen(host, event)
         except OSError as error:
-            note = f"events.jsonl is incomplete: {error}"
-            if note not in self._notes:
-                self._notes.append(note)
+            self._untold(error)
+
+    def _untold(self, error: OSError) -> None:
+        note = f"events.jsonl is incomplete: {error}"
+        if note not in self._notes:
+            self._notes.append(note)
 
     # ---- the phases --------------------------------------------------------------------------------------------------
 
@@ -182,7 +185,10 @@ class Move:
         """The program is the destination's, whatever happens now at the source."""
         move = self._migration
         self._undo.forget()
-        self._session.apps.moved(move.app, move.to)
+        try:
+            self._session.apps.moved(move.app, move.to)
+        except OSError as error:  # a full disk must not keep the original alive
+            self._untold(error)
         try:
             answer = self._source.call(
                 "migrate_commit",

@@ -41,6 +41,7 @@ class PlayedHost:
         self.logs: dict[str, str] = {}
         self.refuse: dict[str, Exception] = {}
         self.killed: Callable[[str], None] = lambda name: None
+        self.alive = True
         self.before_ready: Callable[[], object] = lambda: None
 
     def call(self, op: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
@@ -136,6 +137,17 @@ def test_first_end_counts_wherever_it_happens(world: Any) -> None:
     w.exited("h1", "a", signal=9)
     app = w.apps.all["a"]
     assert (app.host, app.code, app.signal) == ("h2", 0, None) and app.as_expected
+
+
+def test_one_that_moved_to_a_host_whose_agent_has_gone_has_ended(world: Any) -> None:
+    """Its end was told when it was not known to be there; nobody else will tell."""
+    w = world("{a: {host: h1, command: x}}")
+    w.apps.start_all()
+    w.hosts["h2"].alive = False
+    w.apps.on_event("h2", {"event": "agent_gone", "reason": "killed", "t": time.monotonic()})
+    assert w.apps.all["a"].running
+    w.apps.moved("a", "h2")
+    assert not w.apps.all["a"].running and w.apps.all["a"].host == "h2"
 
 
 def test_lost_agent_takes_its_own_programs_only(world: Any) -> None:

@@ -119,6 +119,21 @@ def test_events_that_cannot_be_written_break_nothing_in_the_threads_that_read_fr
     consistent(world, "h3")
 
 
+def test_a_full_disk_at_the_commit_does_not_keep_the_original() -> None:
+    world = World()
+    made = session(world)
+
+    def full(name: str, to: str) -> None:
+        made.apps.host = to
+        raise OSError(28, "No space left on device")
+
+    made.apps.moved = full  # type: ignore[method-assign]
+    record = migrate(made, migration())
+    assert record.ok and world.log[-1] == "commit"
+    assert "events.jsonl is incomplete" in (record.hint or "")
+    consistent(world, "h3")
+
+
 @pytest.mark.parametrize("also", ["abort", "undo_move"])
 def test_an_undo_that_fails_does_not_keep_the_others_from_running(also: str) -> None:
     world = World()

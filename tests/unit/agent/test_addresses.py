@@ -1,0 +1,30 @@
+"""Addresses of the data interface. Invariant: what was added can be removed, whatever its prefix."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from testbed import ip6
+from testbed.agent import addresses
+
+
+@pytest.mark.parametrize("prefix", [8, 16, 24, 29])
+def test_removed_with_the_prefix_that_it_has(prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = ip6.companion("10.0.0.2")
+    shown = (
+        f"2: eth0    inet 10.0.0.9/{prefix} scope global eth0\\       valid_lft forever\n"
+        f"2: eth0    inet 10.0.0.2/{prefix} scope global secondary eth0\\       valid_lft forever\n"
+        f"2: eth0    inet6 {beside}/64 scope global nodad \\       valid_lft forever\n"
+    )
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(addresses, "_run", lambda *argv: ran.append(argv) or shown)
+    agent: Any = SimpleNamespace(interface="eth0")
+    assert addresses.list_addresses(agent) == {"addresses": ["10.0.0.9", "10.0.0.2", beside]}
+    addresses.address_del(agent, ip="10.0.0.2")
+    assert [argv[3] for argv in ran if argv[2] == "delete"] == [f"10.0.0.2/{prefix}", f"{beside}/64"]
+    ran.clear()
+    addresses.address_del(agent, ip="10.0.0.3")
+    assert not [argv for argv in ran if argv[2] == "delete"]
