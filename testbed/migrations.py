@@ -6,15 +6,52 @@ import contextlib
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from typing import Final
 
 from testbed import captures, summary
 from testbed.errors import TestbedError
 from testbed.session import Session
-from testbed.topology import ResolvedMigration
+from testbed.topology import ResolvedMigration, ResolvedTopology
 
 POLL: Final = 0.02
 """Seconds between two looks at the clock, the applications and the byte counts."""
+
+
+def addresses_at_end(topology: ResolvedTopology, records: Iterable[summary.Migration]) -> dict[str, str]:
+    """Address of a host → name of the host that had it after `records`, which are in order of time."""
+    at = {host.ip: host.name for host in topology.hosts.values()}
+    for record in records:
+        if record.ok and record.address == "keep":
+            at[topology.migrations[record.index].ip_before] = record.to_host
+    return at
+
+
+class Traffic:
+    """What one application has sent and received, as counted by the NIC of the host where it was at the time.
+
+    A NIC counts from its own start, and counts on for other programs when this one has left.
+    """
+
+    def __init__(self) -> None:
+        self._host: str | None = None
+        self._baseline = 0
+        """The NIC's count when the application came to the host."""
+        self._last = 0
+        self._carried = 0
+        """Bytes of the stays at other hosts."""
+
+    @property
+    def total(self) -> int:
+        """Bytes since the first look."""
+        return self._carried + self._last - self._baseline
+
+    def look(self, host: str, count: int) -> None:
+        """The application is at `host`, whose NIC has counted `count` bytes."""
+        if host != self._host:
+            self._carried = self.total
+            self._host, self._baseline = host, count
+        self._last = count
 
 
 class Schedule:
@@ -28,7 +65,7 @@ class Schedule:
         self._open = list(session.topology.migrations)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="migrations", daemon=True)
-        self._bytes_at_start: dict[str, int] = {}
+        self._traffic = {migration.app: Traffic() for migration in self._open if migration.at_bytes is not None}
         session.folder.subscribe(self._on_event)
 
     def start(self) -> None:
@@ -58,6 +95,8 @@ class Schedule:
 
     def _due(self) -> list[ResolvedMigration]:
         """Those whose moment has come or whose program has ended, longest overdue first; each app's in order."""
+        for name in self._traffic:
+            self._count(name)
         found: dict[str, tuple[float, ResolvedMigration]] = {}
         for migration in self._open:
             if migration.app not in found:
@@ -75,17 +114,31 @@ class Schedule:
         if migration.at_seconds is not None:
             return time.monotonic() - (app.started + migration.at_seconds)
         assert migration.at_bytes is not None
-        return float(self._bytes(migration.app) - migration.at_bytes)
+        return float(self._traffic[migration.app].total - migration.at_bytes)
 
-    def _bytes(self, name: str) -> int:
-        """What the NIC of the application's host has sent and received since the application was first looked at."""
-        host = self._session.apps.host_of(name)
+    def _count(self, name: str) -> None:
+        """Look at the traffic of an application that runs."""
+        if not self._session.apps.all[name].running:
+            return
+        host = self._session.apps.host_of(name).name
+        if (count := self._bytes(host)) is not None:
+            self._traffic[name].look(host, count)
+
+    def _bytes(self, host: str) -> int | None:
+        """What the NIC of `host` has sent and received; None if it does not say."""
         try:
-            counters = host.call("nic", command="counters", timeout=10)["counters"]
+            counters = self._session.hosts[host].call("nic", command="counters", timeout=10)["counters"]
         except TestbedError:
-            return 0
-        total = int(counters.get("tx_bytes", 0)) + int(counters.get("rx_bytes", 0))
-        return total - self._bytes_at_start.setdefault(f"{name}@{host.name}", total)
+            return None
+        return int(counters.get("tx_bytes", 0)) + int(counters.get("rx_bytes", 0))
+
+    def _count_move(self, name: str, source: str, to: str, before: int | None) -> None:
+        """After a migration: the rest of the stay at `source`, and `before`, where the count began at `to`."""
+        if self._session.apps.host_of(name).name != to:
+            return
+        for host, count in ((source, self._bytes(source)), (to, before)):
+            if count is not None:
+                self._traffic[name].look(host, count)
 
     def _do(self, migration: ResolvedMigration) -> None:
         from testbed.migration import migrate
@@ -108,6 +161,8 @@ class Schedule:
             self.records.append(blank.model_copy(update={"error": error, "hint": "a longer run, or an earlier `at`"}))
             session.folder.event("migration_finished", index=migration.index, ok=False, rolled_back=False, error=error)
             return
+        counted = migration.app in self._traffic
+        source, count_there = session.apps.host_of(migration.app).name, self._bytes(migration.to) if counted else None
         try:
             with captures.during_migration(session, migration.index):
                 record = migrate(session, migration)
@@ -119,6 +174,8 @@ class Schedule:
                 session.folder.log("migration-traceback").write_text(traceback.format_exc())
             record = blank.model_copy(update={"error": f"{type(error).__name__}: {error}"})
         self.records.append(record)
+        if counted:
+            self._count_move(migration.app, source, migration.to, count_there)
 
     def _on_event(self, event: object) -> None:
         """Flow changes as the summary lists them."""

@@ -25,7 +25,7 @@ from testbed.apps import Applications
 from testbed.checkpoint import criu_binary
 from testbed.errors import BadInput, EnvironmentProblem, Interrupted, TestbedError
 from testbed.hosts import Address, Host, connect_all
-from testbed.migrations import Schedule
+from testbed.migrations import Schedule, addresses_at_end
 from testbed.network import Network, fixtures
 from testbed.results import Listener, RunFolder
 from testbed.session import Session
@@ -294,6 +294,7 @@ class _Run:
             for m in migrations
             if not m.ok
         ]
+        address_at = addresses_at_end(self.topology, migrations)
         complete = len(migrations) == len(self.topology.migrations) and len(self.apps) == len(self.topology.apps)
         return report.Summary(
             ok=error is None and complete and not self.problems and all(app.ok for app in self.apps),
@@ -306,21 +307,18 @@ class _Run:
             problems=self.problems,
             limits=[report.Limit(**limit) for limit in self.session.network.limits] if self.session else [],
             environment=self.environment,
-            hosts=[self._host(host, migrations) for host in self.topology.hosts.values()],
+            hosts=[self._host(host, address_at) for host in self.topology.hosts.values()],
             apps=self.apps,
             migrations=migrations,
             flow_changes=self.schedule.flow_changes if self.schedule is not None else [],
             folder=str(self.folder.path),
         )
 
-    def _host(self, host: ResolvedHost, migrations: list[report.Migration]) -> report.Host:
-        gone = {
-            self.topology.migrations[m.index].ip_before for m in migrations if m.ok and m.address == "keep"
-        }  # an address that moved is no longer its first host's
+    def _host(self, host: ResolvedHost, address_at: dict[str, str]) -> report.Host:
         trace = self.folder.trace(host.name)
         return report.Host(
             name=host.name,
-            ip=None if host.ip in gone else host.ip,
+            ip=host.ip if address_at[host.ip] == host.name else None,
             node_ip=host.node_ip,
             nic=self.nics.get(host.name, {}),
             captures=captures.found(self.folder, host.name),
