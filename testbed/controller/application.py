@@ -22,6 +22,7 @@ from testbed.controller.arp import ArpFrame, reply_to
 from testbed.controller.datapath import FlowCache, FlowCacheError
 from testbed.controller.discovery import SOLICITATION, Solicitation, advertise
 from testbed.controller.fabric import Fabric
+from testbed.controller.first_paths import FirstPaths
 from testbed.controller.routes import Change, RouteTable, Stage, side_by_side
 
 fw = framework.loaded()
@@ -62,8 +63,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         self.datapaths: dict[str, Any] = {}
         self.ports: dict[str, dict[int, str]] = {}
         """Switch → OpenFlow port → interface, as the switch itself describes them."""
-        self.ready_at: float | None = None
-        """time.monotonic() at which all switches had confirmed the first paths."""
+        self.first_paths = FirstPaths(self._install, self._missing, fw.hub)
         self.arp_answered = 0
         self._names = {dpid: name for name, dpid in self.fabric.switches.items()}
         self._one_at_a_time = threading.Lock()
@@ -124,8 +124,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         name = self._names[event.msg.datapath.id]
         found = {port.port_no: port.name.decode(errors="replace").rstrip("\0") for port in event.msg.body}
         self.ports[name] = {**self.ports.get(name, {}), **found}
-        if not self._missing() and self.ready_at is None:
-            fw.hub.spawn(self._install)
+        self.first_paths.look()
 
     @on(fw.ofp_event.EventOFPPortStatus, fw.handler.MAIN_DISPATCHER)
     def on_port_status(self, event: Any) -> None:
@@ -135,8 +134,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
             self.ports.get(name, {}).pop(port.port_no, None)
         else:
             self.ports.setdefault(name, {})[port.port_no] = port.name.decode(errors="replace").rstrip("\0")
-            if not self._missing() and self.ready_at is None:
-                fw.hub.spawn(self._install)
+            self.first_paths.look()
 
     @on(fw.ofp_event.EventOFPBarrierReply, fw.handler.MAIN_DISPATCHER)
     def on_barrier(self, event: Any) -> None:
@@ -255,15 +253,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
 
     def _install(self) -> None:
         with self._one_at_a_time:
-            if self.ready_at is not None:
-                return
-            try:
-                self._carry_out([self.table.install()])
-            except northbound.Unready as error:
-                log.error("first paths: %s", error)
-                return
-            self.ready_at = time.monotonic()
-            log.info("all %d switches connected, paths installed", len(self.fabric.switches))
+            self._carry_out([self.table.install()])
 
     def _missing(self) -> list[str]:
         """What the fabric promises and no switch has announced."""
@@ -277,7 +267,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         return missing
 
     def _require_ready(self) -> None:
-        if self.ready_at is None:
+        if self.first_paths.ready_at is None:
             raise northbound.Unready(f"not ready: {', '.join(self._missing()) or 'first paths not confirmed yet'}")
 
     # -- northbound calls (docs/controller.md); parameter names are part of the interface
@@ -286,8 +276,8 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         """What is connected, what is missing."""
         return {
             "framework": framework.version(fw.kind),
-            "ready": self.ready_at is not None,
-            "ready_at": self.ready_at,
+            "ready": self.first_paths.ready_at is not None,
+            "ready_at": self.first_paths.ready_at,
             "switches": {name: name in self.datapaths for name in self.fabric.switches},
             "missing": self._missing(),
             "flows": sum(len(flows) for flows in self.table.installed.values()),
