@@ -58,7 +58,8 @@ class World:
     def __init__(self, folder: RunFolder, *moves: str) -> None:
         topology = topology_with(*moves)
         hosts: dict[str, Any] = {
-            name: SimpleNamespace(name=name, call=lambda op, name=name, **_: self.look(name)) for name in topology.hosts
+            name: SimpleNamespace(name=name, alive=True, call=lambda op, name=name, **_: self.look(name))
+            for name in topology.hosts
         }
         self.counts = dict.fromkeys(hosts, 1000 * MIB)
         self.silent = 0
