@@ -16,7 +16,8 @@
  *
  * Threads: the table of descriptors has one lock, each channel's commands another; a doorbell takes none.
  * Fork: a child inherits descriptors that belong to its parent's memory, so its commands and doorbells fail with EIO
- * (it may open the device itself). A vfork child shares our memory and must not change the table: see shares_memory().
+ * (it may open the device itself; a lock that a thread of the parent held is made anew then). A vfork child
+ * shares our memory and must not change the table: see shares_memory().
  *
  * Parts: real.c (the C library's own functions, fork), channel.c (opening the device), commands.c (write: commands and
  * doorbells), descriptors.c (close, dup, fcntl), paths.c (whatever takes a path, stat).
@@ -105,7 +106,7 @@ enum { NOT_OURS = 0, DEVICE = 1, HIDDEN = 2 };
 #pragma GCC visibility push(hidden)
 
 extern _Atomic uint8_t kind_of[MAX_FD];
-extern struct channel *channel_of[MAX_FD];
+extern struct channel *_Atomic channel_of[MAX_FD]; /* load it once: another thread's close makes it NULL at any time */
 extern pthread_mutex_t table_lock;
 extern pid_t self; /* the process whose memory this is; a forked child updates it, a vfork child cannot */
 

@@ -139,9 +139,13 @@ int open_device(int flags, bool cm)
 
 	pthread_mutex_lock(&table_lock);
 	c = free_channels;
-	if (c)
+	if (c) {
 		free_channels = c->next_free;
-	else if ((c = calloc(1, sizeof *c)))
+		/* The parent's: a thread that is not in this process may have held its lock at the fork. Of a record of our
+		 * own the lock stays, a thread may be waiting for it. */
+		if (c->owner != self)
+			pthread_mutex_init(&c->lock, NULL);
+	} else if ((c = calloc(1, sizeof *c)))
 		pthread_mutex_init(&c->lock, NULL);
 	if (!c) {
 		pthread_mutex_unlock(&table_lock);

@@ -214,6 +214,10 @@ EXPORT ssize_t write(int fd, const void *buffer, size_t length)
 	if (kind(fd) != DEVICE)
 		return real_write(fd, buffer, length);
 	c = channel_of[fd];
+	if (!c) { /* closed since we asked */
+		errno = EBADF;
+		return -1;
+	}
 	if (c->owner != self) {
 		errno = EIO;
 		return -1;

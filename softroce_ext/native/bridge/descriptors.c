@@ -47,6 +47,8 @@ static void vacate(int target)
 		if (kind(fd) != DEVICE)
 			continue;
 		c = channel_of[fd];
+		if (!c)
+			continue;
 		int *slots[] = {&c->socket, &c->doorbell, &c->reply};
 		for (unsigned i = 0; i < 3; i++) {
 			if (*slots[i] != target)
@@ -63,6 +65,8 @@ static void vacate(int target)
 
 static int duplicated(int from, int to)
 {
+	struct channel *c;
+
 	if (to < 0 || to == from || kind(from) != DEVICE || shares_memory())
 		return to;
 	if (to >= MAX_FD) {
@@ -71,10 +75,18 @@ static int duplicated(int from, int to)
 		return -1;
 	}
 	pthread_mutex_lock(&table_lock);
-	channel_of[to] = channel_of[from];
-	channel_of[to]->references++;
-	atomic_store_explicit(&kind_of[to], DEVICE, memory_order_release);
+	c = channel_of[from];
+	if (c) {
+		c->references++;
+		channel_of[to] = c;
+		atomic_store_explicit(&kind_of[to], DEVICE, memory_order_release);
+	}
 	pthread_mutex_unlock(&table_lock);
+	if (!c) { /* another thread has closed it meanwhile */
+		raw_close(to);
+		errno = EBADF;
+		return -1;
+	}
 	return to;
 }
 

@@ -128,11 +128,17 @@ EXPORT ssize_t readlink(const char *restrict path, char *restrict target, size_t
 static int do_stat(int directory, const char *path, struct stat *out, int flags)
 {
 	char buffer[PATH_MAX];
+	struct channel *c;
 	int result = syscall(SYS_newfstatat, directory, redirect(path, buffer), out, flags);
 
 	if (!result && path && !*path && kind(directory) == DEVICE) {
+		c = channel_of[directory];
+		if (!c) { /* closed meanwhile; the answer that we have is about the file behind it */
+			errno = EBADF;
+			return -1;
+		}
 		out->st_mode = S_IFCHR | 0666;
-		out->st_rdev = channel_of[directory]->rdev;
+		out->st_rdev = c->rdev;
 	}
 	return result;
 }

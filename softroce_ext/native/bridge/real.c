@@ -4,7 +4,7 @@
 #include "bridge.h"
 
 _Atomic uint8_t kind_of[MAX_FD];
-struct channel *channel_of[MAX_FD];
+struct channel *_Atomic channel_of[MAX_FD];
 pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER;
 pid_t self;
 
