@@ -23,13 +23,16 @@ class Incoming:
         self._cm = cm
 
     def on_mad(self, packet: Any, source_qpn: int, mad: memoryview, now: float) -> None:
-        """Take a MAD of QP1. Never raises for what is in it."""
-        cm = self._cm
+        """Take a MAD of QP1. Never raises for what is in it, nor for what is missing here (an address that went)."""
         try:
-            message = m.unpack(mad)
+            self._take(packet, m.unpack(mad), now)
         except m.MessageError:
-            cm.counters["malformed"] += 1
-            return
+            self._cm.counters["malformed"] += 1
+        except VerbsError:
+            self._cm.counters["refused"] += 1
+
+    def _take(self, packet: Any, message: m.Message, now: float) -> None:
+        cm = self._cm
         cm.count("rx_msgs", message.kind)
         half = len(packet.addresses) // 2
         source, destination = bytes(packet.addresses[:half]), bytes(packet.addresses[half:])
@@ -98,13 +101,17 @@ class Incoming:
             cm.counters["backlog_full"] += 1
             self._refuse(message, back, m.Reason.CONSUMER_DEFINED)
             return
-        child = cm.create(listener.queue, 0, listener.port_space, listener.qp_type)
+        connection = cm.connections.new(back, None)
+        try:
+            child = cm.create(listener.queue, 0, listener.port_space, listener.qp_type)
+        except VerbsError:
+            cm.connections.forget(connection)
+            raise
         child.source, child.destination, child.on_device = here, there, True
         child.state = IdState.CONNECT
         child.tos = listener.tos
-        connection = cm.connections.new(back, child)
+        connection.owner, child.connection = child, connection
         connection.requested(message)
-        child.connection = connection
         cm.connections.know_peer(connection)
         rest = message.private[m.IP_HEADER_BYTES :]
         if datagrams:

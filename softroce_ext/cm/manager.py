@@ -346,15 +346,20 @@ class CommunicationManager:
             self.connections.forget(connection)
 
     def _tell(self, cm_id: CmId, connection: Connection, event: Event) -> None:
-        status, param, ece = event.reason, b"", (0, 0)
+        kind, status, param, ece = _EVENTS[event.what], event.reason, b"", (0, 0)
         message = event.message
         if event.what is Happened.RESPONSE and message is not None:
             cm_id.initiator_depth = message["responder_resources"]
             cm_id.responder_resources = message["initiator_depth"]
             param, ece = fields.told(message, message.private), fields.ece(message)
         elif event.what is Happened.ESTABLISHED and message is not None and message.kind is m.Kind.SIDR_REP:
-            cm_id.qkey = message["qkey"]
-            param = ud_param(message["qpn"], message["qkey"], self.addresses.vector(cm_id), message.private)
+            try:
+                vector = self.addresses.vector(cm_id)
+            except VerbsError:  # the address went while the peer thought about it: the answer leads nowhere
+                kind, status = EventType.UNREACHABLE, -errno.ENODEV
+            else:
+                cm_id.qkey = message["qkey"]
+                param = ud_param(message["qpn"], message["qkey"], vector, message.private)
         elif event.what is Happened.REJECTED and message is not None:
             param = conn_param(private=message.private)
         elif event.what is Happened.DISCONNECTED:
@@ -362,7 +367,7 @@ class CommunicationManager:
         if event.late:
             status = -errno.ETIMEDOUT
         if cm_id.uid or event.what is Happened.ESTABLISHED:  # an id that was never accepted hears nothing
-            cm_id.tell(_EVENTS[event.what], status, param, ece)
+            cm_id.tell(kind, status, param, ece)
 
     # -- time ------------------------------------------------------------------------------------------------------
 

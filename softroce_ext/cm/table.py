@@ -116,11 +116,16 @@ class ConnectionTable:
         return connection
 
     def stale(self, message: Message, source: bytes) -> list[Connection]:
-        """Connections that the sender of a REQ must have forgotten: its queue pair asks anew (IBA 12.9.8.3.1)."""
+        """Connections that the sender of a REQ must have forgotten: its queue pair asks anew (IBA 12.9.8.3.1).
+
+        Those of a held program are left alone: they stand still, and may be another NIC's by now.
+        """
         return [
             other
             for other in self._by_qp.get((source, message["local_qpn"]), ())
-            if other.state is State.ESTABLISHED and other.remote_id != message["local_comm_id"]
+            if other.state is State.ESTABLISHED
+            and other.remote_id != message["local_comm_id"]
+            and (other.owner is None or other.owner.queue.held_at is None)
         ]
 
     def heard_from(self, connection: Connection, back: Path) -> None:

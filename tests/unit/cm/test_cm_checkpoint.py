@@ -20,7 +20,7 @@ import pytest
 
 from softroce_ext.cm import checkpoint, ucma
 from softroce_ext.cm.connection import State
-from softroce_ext.cm.ids import EventQueue, EventType
+from softroce_ext.cm.ids import PS_TCP, EventQueue, EventType
 from softroce_ext.cm.manager import CommunicationManager
 from softroce_ext.device.addressing import Addressing
 from softroce_ext.device.errors import ImageError, VerbsError
@@ -35,6 +35,9 @@ Event = tuple[int, int, int]
 
 class Nic:
     """One NIC's manager on the wire `Net`, with one program."""
+
+    port_space = PS_TCP
+    """Of the ids that the program makes."""
 
     def __init__(self, net: Net, number: int, *addresses: bytes) -> None:
         self.net = net
@@ -71,17 +74,18 @@ class Nic:
         return ucma.execute(self.cm, self.file, ucma.HEADER.pack(command, len(body), room) + body, self.net.now)
 
     def create(self, uid: int) -> int:
-        return int(struct.unpack("<I", self.call(ucma.Command.CREATE_ID, struct.pack("<QQHB5x", uid, 0, 0x0106, 2)))[0])
+        body = struct.pack("<QQHB5x", uid, 0, self.port_space, 2)
+        return int(struct.unpack("<I", self.call(ucma.Command.CREATE_ID, body))[0])
 
-    def listen(self, ip: bytes = bytes(4)) -> int:
+    def listen(self, ip: bytes = bytes(4), port: int = PORT) -> int:
         handle = self.create(1)
-        self.call(ucma.Command.BIND_IP, bytes(8) + sockaddr(ip) + struct.pack("<I", handle))
+        self.call(ucma.Command.BIND_IP, bytes(8) + sockaddr(ip, port) + struct.pack("<I", handle))
         self.call(ucma.Command.LISTEN, struct.pack("<Ii", handle, 8))
         return handle
 
-    def connect(self, ip: bytes, uid: int = 2, qpn: int = 17) -> int:
+    def connect(self, ip: bytes, uid: int = 2, qpn: int = 17, port: int = PORT) -> int:
         handle = self.create(uid)
-        self.call(ucma.Command.RESOLVE_IP, bytes(28) + sockaddr(ip) + struct.pack("<II", handle, 2000))
+        self.call(ucma.Command.RESOLVE_IP, bytes(28) + sockaddr(ip, port) + struct.pack("<II", handle, 2000))
         self.call(ucma.Command.RESOLVE_ROUTE, struct.pack("<II", handle, 2000))
         self.call(ucma.Command.CONNECT, conn_param(qpn) + struct.pack("<II", handle, 0))
         return handle

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from test_messages import CAPTURES, mads
 
+from softroce_ext.cm import manager, table, ucma
 from softroce_ext.cm import messages as m
-from softroce_ext.cm import ucma
 from softroce_ext.cm.ids import EventQueue
 from softroce_ext.cm.manager import CommunicationManager
 from softroce_ext.device.addressing import Addressing
@@ -141,3 +141,30 @@ def test_foreign_ids_are_refused() -> None:
     with pytest.raises(VerbsError) as refusal:
         lab.command(1, struct.pack("<QII", 0, handle, 0))
     assert refusal.value.number == errno.EINVAL
+
+
+@pytest.mark.parametrize(("place", "limit", "value"), [(table, "MAX_CONNECTIONS", 0), (manager, "MAX_IDS", 1)])
+def test_a_request_for_which_there_is_no_room_leaves_nothing(
+    place: Any, limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = Lab()
+    listener = lab.listener()
+    monkeypatch.setattr(place, limit, value)
+    request = m.unpack(mads("cm_rping")[0])
+    for number in range(20):
+        lab.mad(m.Message(request.kind, 0, request.fields | {"local_comm_id": number + 1}, request.private).pack())
+    assert list(lab.cm.ids) == [listener]
+    assert not lab.cm.connections.by_id
+    assert [message.kind for message in lab.sent] == [m.Kind.REJ] * 20
+
+
+def test_what_the_device_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a message asks for and the device has not (any more), the NIC goes on."""
+    lab = Lab()
+
+    def refuse(*_: object) -> None:
+        raise VerbsError(errno.EINVAL, "it is gone")
+
+    monkeypatch.setattr(lab.cm, "send", refuse)
+    lab.mad(m.Message(m.Kind.DREQ, 0, {}).pack())
+    assert lab.cm.counters["refused"] == 1

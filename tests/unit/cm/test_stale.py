@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_cm_checkpoint import A, B, C, Scene, connected, move
+from test_cm_checkpoint import PORT, A, B, C, Scene, connected, move
 
 from softroce_ext.cm.connection import State
 from softroce_ext.wire.path import Path
@@ -57,3 +57,17 @@ def test_nothing_is_left_of_what_is_over() -> None:
     for nic in (scene.client, scene.server):
         assert not nic.cm.connections._by_qp
         assert not nic.cm.connections._qps
+
+
+def test_a_held_program_keeps_its_connection() -> None:
+    """The REQ is for another program's listener: the held one's connection stands still, and says nothing."""
+    scene = connected()
+    nic = scene.server
+    nic.hold()
+    held, nic.file = nic.file, nic.new_file(nic.adapter.guid, "2-1")
+    nic.listen(port=PORT + 1)
+    scene.client.connect(B, qpn=17, port=PORT + 1)
+    scene.net.deliver()
+    assert states(scene) == [State.ESTABLISHED, State.REQ_RCVD]
+    assert not nic.cm._timed
+    assert not held.queue.events
