@@ -29,6 +29,15 @@ _SCALARS: Final = (
     "waiting", "reported",
 )  # fmt: skip
 """Fields of an id that are copied as they are."""
+_ONE: Final = (m.Kind.REQ,)
+_REQUESTS: Final[dict[State, tuple[m.Kind | None, ...]]] = {
+    **dict.fromkeys(State, _ONE),
+    State.IDLE: (None,),
+    State.SIDR_SENT: (m.Kind.SIDR_REQ,),
+    State.SIDR_RCVD: (m.Kind.SIDR_REQ,),
+    State.CLOSED: (m.Kind.REQ, m.Kind.SIDR_REQ),
+}
+"""What may have begun a connection that is in a state."""
 
 
 # -- dump --------------------------------------------------------------------------------------------------------------
@@ -68,8 +77,6 @@ def _dump_file(cm: CommunicationManager, file: Any) -> FileRecord:
 
 def _dump_id(cm: CommunicationManager, cm_id: CmId, held_at: float) -> IdRecord:
     connection = cm_id.connection
-    if connection is not None and connection.local_id not in cm.connections.by_id:
-        connection = None  # it is over, and the id only remembers it
     waiting = cm.addresses.resolving.get(cm_id.handle)
     return IdRecord(
         **{name: getattr(cm_id, name) for name in _SCALARS},
@@ -94,6 +101,7 @@ def _dump_endpoint(endpoint: Endpoint | None) -> EndpointRecord | None:
 
 def _dump_connection(cm: CommunicationManager, connection: Connection, held_at: float) -> ConnectionRecord:
     request, last, left, interval = connection.memory()
+    kept = cm.connections.holds(connection)
     return ConnectionRecord(
         local_id=connection.local_id,
         remote_id=connection.remote_id,
@@ -106,8 +114,8 @@ def _dump_connection(cm: CommunicationManager, connection: Connection, held_at: 
         left=left,
         interval=interval,
         remaining=connection.deadline - held_at if connection.deadline is not None else None,
-        passive=cm.connections.has_peer(connection),
-        path=cm.connections.paths[connection.local_id].to_plain(),
+        passive=kept and cm.connections.has_peer(connection),
+        path=cm.connections.paths[connection.local_id].to_plain() if kept else None,
     )
 
 
@@ -224,21 +232,28 @@ class _Fill:
 
     def _connection(self, record: ConnectionRecord, owner: CmId) -> Connection:
         cm = self._cm
-        if record.local_id in cm.connections.by_id:
-            raise ImageError(f"the connection id {record.local_id:#x} is taken here")
         connection = Connection(record.local_id, record.transaction_id)
         connection.remote_id, connection.state = record.remote_id, State(record.state)
         connection.remote_qpn, connection.remote_psn = record.remote_qpn, record.remote_psn
         request, last = self._mad(record.request), self._mad(record.last)
-        if connection.state not in (State.IDLE, State.CLOSED) and request is None:
-            raise ImageError(f"connection {record.local_id:#x}: {record.state} without a request")
+        where = f"connection {record.local_id:#x}"
+        if (request.kind if request is not None else None) not in _REQUESTS[connection.state]:
+            raise ImageError(f"{where}: {record.state} without a request, or with another's")
         connection.remember(request, last, record.left, record.interval)
         connection.deadline = self._now + record.remaining if record.remaining is not None else None
         connection.owner = owner
+        if (record.path is None) != (connection.state is State.CLOSED):
+            raise ImageError(f"{where}: {record.state} with a path, or without one")
+        if record.path is None:  # only its id knows of it, and nothing can come for it
+            if record.passive or record.remaining is not None:
+                raise ImageError(f"{where}: {record.state}, and something is still to come")
+            return connection
+        if record.local_id in cm.connections.by_id:
+            raise ImageError(f"the connection id {record.local_id:#x} is taken here")
+        if record.passive and request is None:
+            raise ImageError(f"{where}: passive without a request")
         cm.connections.enter(connection, moved(cm.adapter, Path.from_plain(record.path), self._addresses))
         if record.passive:
-            if request is None:
-                raise ImageError(f"connection {record.local_id:#x}: passive without a request")
             cm.connections.know_peer(connection)
         return connection
 

@@ -162,17 +162,17 @@ class CommunicationManager:
         for cm_id in self.ids_of(queue):
             for group in list(cm_id.groups.values()):
                 self.groups.leave(group)
-            if cm_id.connection is not None:
+            if cm_id.connection is not None and self.connections.holds(cm_id.connection):
                 self.connections.forget(cm_id.connection)
                 self._timed.pop(cm_id.connection.local_id, None)
-                cm_id.connection = None
+            cm_id.connection = None
             self.ids.pop(cm_id.handle, None)
             self.ports.release(cm_id)
             self.addresses.forget(cm_id)
 
     def _connections_of(self, queue: EventQueue) -> list[Connection]:
         connections = (cm_id.connection for cm_id in self.ids_of(queue))
-        return [c for c in connections if c is not None and c.local_id in self.connections.by_id]
+        return [c for c in connections if c is not None and self.connections.holds(c)]
 
     def took(self, event: CmEvent) -> None:
         """The program took an event."""
@@ -321,9 +321,9 @@ class CommunicationManager:
 
     def work(self, connection: Connection) -> None:
         """Send what a connection has to send, tell its owner what happened, forget it when it is over."""
-        path = self.connections.paths.get(connection.local_id)
-        if path is None:
+        if not self.connections.holds(connection):
             return  # it was over before
+        path = self.connections.paths[connection.local_id]
         for message in connection.outbox:
             self.send(path, message)
         for kind in connection.repeats:

@@ -43,8 +43,8 @@ class ConnectionRecord(Record):
     """Seconds to the next repeat or end."""
     passive: bool
     """Whether it is known by its peer's id."""
-    path: dict[str, int | str]
-    """wire.path.Path.to_plain."""
+    path: dict[str, int | str] | None
+    """wire.path.Path.to_plain. One that is over has none; its id only remembers what it was."""
 
 
 class GroupRecord(Record):

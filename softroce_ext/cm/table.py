@@ -56,6 +56,10 @@ class ConnectionTable:
         self.by_id[connection.local_id] = connection
         self.paths[connection.local_id] = path
 
+    def holds(self, connection: Connection) -> bool:
+        """Whether it is kept here. One that is over is not, and its id may be another's by now."""
+        return self.by_id.get(connection.local_id) is connection
+
     def know_peer(self, connection: Connection) -> None:
         """A passive end is also found by its peer's id: the peer repeats its request before it knows ours."""
         assert connection.request is not None

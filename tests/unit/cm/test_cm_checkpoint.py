@@ -319,10 +319,15 @@ def test_what_is_here_is_not_overwritten() -> None:
     assert len(other.cm.ids) == 1 and not other.cm.connections.by_id
 
 
-def test_damaged_records_are_refused_whole() -> None:
+@pytest.mark.parametrize("over", [False, True], ids=["established", "over"])
+def test_damaged_records_are_refused_whole(over: bool) -> None:
     """One value of the image changed to another of its kind, or of another: restored or refused, never half."""
     scene = connected()
+    if over:
+        scene.step_disconnect()
+        scene.step_settle()
     image = scene.server.hold()
+    assert [item["connection"]["path"] is None for item in image[0]["ids"] if item["connection"]] == [over]
     chance = random.Random(7)
     refused = 0
     for _ in range(600):
