@@ -163,9 +163,18 @@ def read_exit(directory: Path) -> dict[str, Any]:
         return {"signal": int(signal.SIGKILL), "at": time.time()}
 
 
-def adopt(agent: Agent, *, name: str, init: int, argv: list[str], env: dict[str, str], uses_nic: bool = False) -> App:
+def adopt(
+    agent: Agent,
+    *,
+    name: str,
+    init: int,
+    argv: list[str],
+    env: dict[str, str],
+    uses_nic: bool = False,
+    longest_gap: float | None = None,
+) -> App:
     """Take over an application that was restored here: `init` is its pid 1 as this host sees it."""
-    app = App(name, app_directory(agent, name), list(argv), dict(env), init, uses_nic=uses_nic)
+    app = App(name, app_directory(agent, name), list(argv), dict(env), init, uses_nic=uses_nic, longest_gap=longest_gap)
     _take(agent, app)
     return app
 

@@ -36,6 +36,8 @@ class Incoming:
     policy: int
     folder: Path
     receiver: Receiver
+    longest_gap: float | None = None
+    """Between two completions, before it left; seconds."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     restore: Restore | None = None
     contexts: list[str] = field(default_factory=list)
@@ -53,12 +55,21 @@ _INCOMING: dict[str, Incoming] = {}
 
 @operation("migrate_prepare")
 def migrate_prepare(
-    agent: Agent, *, migration: str, app: str, argv: list[str], env: dict[str, str], listen: str, policy: int
+    agent: Agent,
+    *,
+    migration: str,
+    app: str,
+    argv: list[str],
+    env: dict[str, str],
+    listen: str,
+    policy: int,
+    longest_gap: float | None = None,
 ) -> dict[str, Any]:
     """Get ready to take an application: a receiver on the own address `listen`, `criu restore` started and waiting.
 
-    Returns {port, token, criu}. `argv` and `env` are kept for `app_status` and a later migration only; `policy` is the
-    scheduling policy (sched(7)) that the program gets back before it runs.
+    Returns {port, token, criu}. `argv` and `env` are kept for `app_status` and a later migration only, `longest_gap`
+    (seconds, before it left) for what is told of its end; `policy` is the scheduling policy (sched(7)) that the program
+    gets back before it runs.
     """
     present = agent.apps.get(app)
     if present is not None and present.ended is None:
@@ -69,7 +80,8 @@ def migrate_prepare(
         criu = criu_binary.usable()
         if agent.nic is not None:
             running_nic(agent).command("status", {}, NIC_SECONDS)
-        move = Incoming(migration, app, argv, env, policy, workspace(agent, migration, "in"), Receiver(listen))
+        folder = workspace(agent, migration, "in")
+        move = Incoming(migration, app, argv, env, policy, folder, Receiver(listen), longest_gap)
         _INCOMING[migration] = move
         agent.at_end(lambda: _abort(agent, move))
         try:
@@ -174,7 +186,10 @@ def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str,
                 nic.command("attach", {"contexts": move.contexts, "pids": pids}, NIC_SECONDS)
             agent.event("migration_resumed", migration=migration)
             move.done = True
-            apps.adopt(agent, name=move.app, init=init, argv=move.argv, env=move.env, uses_nic=bool(move.contexts))
+            apps.adopt(
+                agent, name=move.app, init=init, argv=move.argv, env=move.env,
+                uses_nic=bool(move.contexts), longest_gap=move.longest_gap,
+            )  # fmt: skip
             if nic is not None:
                 # Past `timeout` the RESUMEs go on, but a partner that is silent must not keep the program frozen.
                 request = {"contexts": move.contexts, "source_ip": source_ip, "wait": True, "timeout": ACK_SECONDS}

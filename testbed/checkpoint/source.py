@@ -15,7 +15,7 @@ from typing import Any
 
 from testbed import ip6
 from testbed.agent import addresses, apps
-from testbed.agent.nic import running_nic
+from testbed.agent.nic import note_gaps, running_nic
 from testbed.agent.operations import OperationError, operation
 from testbed.agent.processes import send_signal, wait_ended
 from testbed.agent.service import Agent
@@ -54,7 +54,7 @@ _OUTGOING: dict[str, Outgoing] = {}
 
 @operation("migrate_begin")
 def migrate_begin(agent: Agent, *, app: str) -> dict[str, Any]:
-    """What others have to know of an application that is about to leave: {argv, env, pids, policy}.
+    """What others have to know of an application that is about to leave: {argv, env, pids, policy, longest_gap}.
 
     Fails where this host could not checkpoint it: it has ended, or no CRIU works here.
     """
@@ -63,11 +63,15 @@ def migrate_begin(agent: Agent, *, app: str) -> dict[str, Any]:
         raise OperationError(f"application {app!r} has ended already")
     with blame():
         criu_binary.find()
+    if agent.nic is not None:
+        with contextlib.suppress(OperationError):  # the NIC will soon be told to forget the gaps so far
+            note_gaps(agent, running_nic(agent).command("gaps", {}, NIC_SECONDS)["contexts"])
     return {
         "argv": found.argv,
         "env": found.env,
         "pids": sorted(tree.members(found.init)),
         "policy": os.sched_getscheduler(found.init),
+        "longest_gap": found.longest_gap,
     }
 
 

@@ -141,6 +141,7 @@ class Move:
             argv=about["argv"],
             env=about["env"],
             policy=about["policy"],
+            longest_gap=about["longest_gap"],
             listen=self._session.topology.hosts[move.to].node_ip,
         )
         if self._keep:

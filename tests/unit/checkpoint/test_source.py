@@ -81,6 +81,14 @@ def test_a_criu_that_died_does_not_leave_the_original_running(scene: Scene) -> N
     assert "discard" in scene.nic.log, "the rest of the clean-up is done"
 
 
+def test_the_longest_gap_so_far_goes_along(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the NIC knows it now: it is told to measure anew for the migration."""
+    monkeypatch.setattr(source.criu_binary, "find", lambda: ["criu"])
+    monkeypatch.setattr(source, "note_gaps", lambda agent, contexts: setattr(scene.move.app, "longest_gap", 0.3))
+    monkeypatch.setattr(scene.nic, "command", lambda name, *_: {"contexts": []})
+    assert source.migrate_begin(scene.agent, app="server")["longest_gap"] == 0.3
+
+
 def test_a_roll_back_goes_on_and_can_be_repeated(scene: Scene) -> None:
     scene.move.gid = "10.0.0.2"
     scene.nic.fails = {"address_add"}

@@ -29,6 +29,7 @@ class World:
         self.log: list[str] = []
         self.fail: dict[str, str] = {}
         """operation → "before" or "after": when it fails in relation to its work."""
+        self.prepared_with: dict[str, Any] = {}
         self.dead: set[str] = set()
         """Hosts whose agents have gone."""
         self.events: list[dict[str, Any]] = []
@@ -84,7 +85,9 @@ class FakeHost:
     # -- the source
 
     def migrate_begin(self, app: str) -> dict[str, Any]:
-        return self.world.step("begin", lambda: {"argv": ["x"], "env": {}, "pids": [1], "policy": 0})
+        return self.world.step(
+            "begin", lambda: {"argv": ["x"], "env": {}, "pids": [1], "policy": 0, "longest_gap": 0.3}
+        )
 
     def migrate_send(self, migration: str, **_: Any) -> dict[str, Any]:
         world = self.world
@@ -117,7 +120,8 @@ class FakeHost:
 
     # -- the destination
 
-    def migrate_prepare(self, migration: str, **_: Any) -> dict[str, Any]:
+    def migrate_prepare(self, migration: str, **arguments: Any) -> dict[str, Any]:
+        self.world.prepared_with = arguments
         return self.world.step("prepare", lambda: {"port": 1, "token": "t", "criu": "4.2"})
 
     def migrate_receive(self, migration: str, **_: Any) -> None:

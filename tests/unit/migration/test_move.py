@@ -39,6 +39,7 @@ def test_the_whole_way() -> None:
     assert list(record.phases_ms) == list(PHASES)
     assert record.blackout_from == "phases" and record.blackout_ms is not None
     assert (record.image_bytes, record.nic_image_bytes) == (10, 2)
+    assert world.prepared_with["longest_gap"] == 0.3
     told = [event["event"] for event in world.events]
     assert told[0] == "migration_started" and told[-1] == "migration_finished"
     assert [e["phase"] for e in world.events if e["event"] == "phase_finished"] == list(PHASES)
