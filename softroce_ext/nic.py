@@ -6,7 +6,6 @@ import contextlib
 import ipaddress
 import os
 import secrets
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from softroce_ext.qp_trace import DEFAULT_LIMIT, QpTrace
 from softroce_ext.transport.engine import Engine, EngineConfig
 from softroce_ext.uverbs.channel import FileChannel
 from softroce_ext.uverbs.hw_counters import CounterFiles
+from softroce_ext.uverbs.removal import remove_tree
 from softroce_ext.uverbs.server import CommandServer
 from softroce_ext.uverbs.sysfs import SysfsPicture
 from softroce_ext.wire.path import address_text
@@ -310,6 +310,6 @@ class Nic:
 def clear(run: Path) -> None:
     """Remove what a NIC (an earlier one that was killed, too) left in its run directory, and nothing else."""
     for name in ("sys", "dev", "ctx"):
-        shutil.rmtree(run / name, ignore_errors=True)
+        remove_tree(run / name)
     for name in ("uverbs.sock", "control.sock"):
         (run / name).unlink(missing_ok=True)

@@ -16,7 +16,6 @@ import ctypes
 import errno
 import mmap
 import os
-import shutil
 import stat
 import struct
 from bisect import bisect_left
@@ -28,6 +27,7 @@ from softroce_ext.device.barrier import full_barrier
 from softroce_ext.device.errors import VerbsError
 from softroce_ext.device.shared import RingImage
 from softroce_ext.uverbs import rings
+from softroce_ext.uverbs.removal import remove_tree
 
 LAYOUT_VERSION: Final = 2
 AT_PENDING: Final = 0
@@ -178,7 +178,7 @@ class FileChannel:
             self._create()
         except BaseException:
             self._close_descriptors()
-            shutil.rmtree(self.directory, ignore_errors=True)
+            remove_tree(self.directory)
             raise
 
     def _create(self) -> None:
@@ -386,7 +386,7 @@ class FileChannel:
         with contextlib.suppress(BufferError):  # a ring is still referred to: it goes with the last reference
             self._file.close()
         self._close_descriptors()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_tree(self.directory)
 
     def _close_descriptors(self) -> None:
         if self._reply is not None:
