@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -73,7 +74,8 @@ class Adapter:
         self.contexts: dict[str, Context] = {}
         self.keys: Keys = {}
         self.queue_pairs: dict[int, QueuePair] = {}
-        self.ah_numbers: set[int] = set()
+        self.ah_numbers: Counter[int] = Counter()
+        """How many address handles have each number: one that moved here keeps its own, which another may have."""
         self.srq_numbers: set[int] = set()
         self._sending: set[int] = set()
         """QPNs of the queue pairs in RTS or beyond."""
@@ -149,6 +151,7 @@ class Adapter:
 
     def create_address_handle(self, context: Context, pd: ProtectionDomain, attributes: bytes) -> AddressHandle:
         """ibv_create_ah; attributes: struct ib_uverbs_ah_attr, 32 bytes. Raises VerbsError, or NotYet."""
+        context.check_room()
         path = self.addressing.path(Destination.of_handle(attributes), 0)
         handle = AddressHandle(pd, attributes, self.take_ah_number())
         pd.users += 1
@@ -160,7 +163,7 @@ class Adapter:
         """ibv_destroy_ah."""
         handle.pd.users -= 1
         del handle.pd.paths[handle.number]
-        self.ah_numbers.discard(handle.number)
+        self._give_back_ah_number(handle.number)
         context.remove(handle.handle)
 
     # -- regions -------------------------------------------------------------------------------------------------
@@ -169,6 +172,7 @@ class Adapter:
         self, context: Context, pd: ProtectionDomain, start: int, length: int, iova: int, access: int
     ) -> MemoryRegion:
         """ibv_reg_mr."""
+        context.check_room()
         check_access(access)
         check_range(context.memory, start, length, iova, access)
         index = self._keys.take(self.keys)
@@ -190,6 +194,7 @@ class Adapter:
 
     def allocate_window(self, context: Context, pd: ProtectionDomain, kind: int) -> MemoryWindow:
         """ibv_alloc_mw."""
+        context.check_room()
         index = self._keys.take(self.keys)
         window = MemoryWindow(pd, index << KEY_BITS | secrets.randbits(KEY_BITS), kind)
         self.keys[index] = window
@@ -230,6 +235,7 @@ class Adapter:
             or wanted.max_inline_data > limits.MAX_INLINE_DATA
         ):
             raise VerbsError(errno.EINVAL, f"capabilities above the device's limits: {wanted}")
+        context.check_room()
         qpn = self._qpns.take(self.queue_pairs)
         # As rxe: elements and inline data share the end of a slot, and the program may use all of it for either.
         room = max(SGE_BYTES * wanted.max_send_sge, wanted.max_inline_data)
@@ -341,8 +347,13 @@ class Adapter:
         if len(self.ah_numbers) >= limits.MAX_AH:
             raise VerbsError(errno.ENOMEM, "too many address handles")
         number = self._ahs.take(self.ah_numbers)
-        self.ah_numbers.add(number)
+        self.ah_numbers[number] += 1
         return number
+
+    def _give_back_ah_number(self, number: int) -> None:
+        self.ah_numbers[number] -= 1
+        if self.ah_numbers[number] <= 0:
+            del self.ah_numbers[number]  # one that is in there is taken
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
@@ -363,7 +374,7 @@ class Adapter:
                 if item.__class__ is SharedReceiveQueue:
                     self.srq_numbers.discard(item.number)
             elif hasattr(item, "number"):
-                self.ah_numbers.discard(item.number)
+                self._give_back_ah_number(item.number)
         context.objects.clear()
         self._share_window()
         context.channel.close()

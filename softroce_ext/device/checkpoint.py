@@ -275,14 +275,14 @@ def _fill(
         )
         srq.pd.users += 1
         srq.async_events = s.async_events
-        adapter.srq_numbers.add(s.number)
         enter(s.handle, srq)
+        adapter.srq_numbers.add(s.number)
     for ah in record.ahs:
         handle = AddressHandle(_pd(by_handle, ah.pd), bytes.fromhex(ah.attributes), ah.number)
         handle.pd.users += 1
         handle.pd.paths[ah.number] = moved(adapter, Path.from_plain(ah.path), addresses)
         enter(ah.handle, handle)
-        adapter.ah_numbers.add(ah.number)
+        adapter.ah_numbers[ah.number] += 1
     for qp in record.qps:
         _restore_qp(adapter, context, qp, rings, enter, addresses)
     context.handles.claim(by_handle)
@@ -333,6 +333,8 @@ def _restore_qp(
     capabilities = Capabilities(*record.capabilities)
     _check_qp_context(record.context)
     qp_context = QpContext.from_plain(record.context)
+    if qp_context.qp_type != QPT_RC:
+        qp_context.answers.clear()  # an earlier version kept one that nobody would get
     check_context(qp_context)
     drop_reads(qp_context)  # the program's memory cannot be read before it runs
     if qp_context.qp_type != record.kind or record.kind not in (QPT_RC, QPT_UC, QPT_UD):

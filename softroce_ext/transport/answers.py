@@ -129,7 +129,7 @@ def withhold(qp: QueuePair, psn: int, msn: int) -> None:
 def refuse(qp: QueuePair, psn: int, fault: RequestFault) -> None:
     """Answer by a NAK that ends the connection, and fail this end too (IBA 9.9.3.1: class A, B, C errors).
 
-    A process that has ended gives no answer.
+    A process that has ended gives no answer; nor does an unreliable service, which only fails.
     """
     if fault.syndrome == NAK_REMOTE_OPERATIONAL and qp.events.owner_gone(qp.context.qpn):
         # Its memory went with it. Elsewhere pages outlive their process until its queue pairs have gone, and the
@@ -139,11 +139,12 @@ def refuse(qp: QueuePair, psn: int, fault: RequestFault) -> None:
         return
     flush_ack(qp)
     context = qp.context
-    if fault.syndrome == ACK_UNLIMITED:
-        context.msn = context.msn + 1 & PSN_MASK
-    else:
-        qp.counters["send_fatal_nak"] += 1
-    context.answers.append(Acknowledge(psn, fault.syndrome, context.msn))
+    if qp.ack_request:
+        if fault.syndrome == ACK_UNLIMITED:
+            context.msn = context.msn + 1 & PSN_MASK
+        else:
+            qp.counters["send_fatal_nak"] += 1
+        context.answers.append(Acknowledge(psn, fault.syndrome, context.msn))
     if context.state != QpState.ERR:  # it may have failed since it promised the READ whose memory has gone now
         enter_error(qp, fault.receive_status, fault.event)
 

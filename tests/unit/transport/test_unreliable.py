@@ -260,6 +260,23 @@ def test_uc_receive_that_is_too_short_ends_the_queue_pair() -> None:
     assert [wc.status for wc in a.scq.entries] == [0]
 
 
+@pytest.mark.parametrize("kind", [QpType.UC, QpType.UD])
+def test_memory_that_is_gone_is_answered_to_nobody(kind: QpType) -> None:
+    """The queue pair fails as one of RC does, but keeps no NAK, which it could never send, and counts none."""
+    a, b = uc_pair() if kind == QpType.UC else ud_pair()
+    b.receive(1, BASE, 500)
+    b.ram.unmapped.add(BASE + 41)
+    if kind == QpType.UC:
+        a.post(WrOpcode.SEND, 1, BASE, 100)
+    else:
+        post_datagram(a, 1, 100)
+    assert b.host.turn(a.host.pull(0.0), 0.0) == []
+    assert [(wc.wr_id, wc.status) for wc in b.rcq.entries] == [(1, WcStatus.LOC_PROT_ERR)]
+    assert b.context.state == QpState.ERR
+    assert not b.context.answers
+    assert b.host.engine.counters["send_fatal_nak"] == 0
+
+
 def test_uc_without_a_receive_drops_in_silence() -> None:
     a, b = uc_pair()
     a.post(WrOpcode.SEND, 1, BASE, 600)

@@ -19,12 +19,12 @@ import pytest
 from uverbs_program import IP, Program, Upper
 
 from softroce_ext.device import checkpoint, image
-from softroce_ext.device.context import Context
+from softroce_ext.device.context import AddressHandle, Context
 from softroce_ext.device.errors import ImageError
 from softroce_ext.device.regions import MemoryRegion, ProtectionDomain
 from softroce_ext.transport.context import Acknowledge, ReadAnswer, ResponderResource
 from softroce_ext.transport.interfaces import ProtectionError, SendWqe
-from softroce_ext.transport.verbs import Access, WrOpcode
+from softroce_ext.transport.verbs import Access, QpState, WrOpcode
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import FileChannel
 from softroce_ext.wire.frame import Path as WirePath
@@ -115,6 +115,41 @@ def test_a_read_that_was_being_answered(full: Program, second_upper: Make, tmp_p
     after = moved.queue_pairs[0].transport.context
     assert [type(answer) for answer in after.answers] == [Acknowledge]
     assert list(after.resources) == list(context.resources), "it can be answered when it is asked for again"
+
+
+def test_an_answer_that_a_datagram_queue_pair_had(program: Program, second_upper: Make, tmp_path: Path) -> None:
+    """Earlier versions gave it one when its receive's memory was gone. It has no way out, and is no reason to stay."""
+    made = program.objects()
+    qp = struct.pack("<QIIIIIIIIIBBBx", 0xD1, made["pd"], made["cq"], made["cq"], 0, 1, 1, 1, 1, 0, 0, 4, 0)
+    handle, _ = struct.unpack_from("<II", program.call(Command.CREATE_QP, qp, 64))
+    failed = program.context.objects[handle].transport.context
+    failed.state = QpState.ERR
+    failed.answers.append(Acknowledge(0, 0x64, 0))
+    program.context.held = True
+    for queue_pair in program.context.queue_pairs:
+        queue_pair.transport.stop()
+    (moved,) = restored(second_upper(), written(program.upper, tmp_path / "image"))
+    assert not moved.objects[handle].transport.context.answers
+
+
+def test_address_handles_that_moved_here_share_their_numbers(full: Program, second_upper: Make, tmp_path: Path) -> None:
+    """A number is free once nobody here has it: else a program's next handle could take another's destination."""
+    other = second_upper()
+    adapter = other.adapter
+    local = Program(other, "open-5")
+    pd = ProtectionDomain(adapter.keys)
+    local.context.add(pd)
+    (handle,) = full.context.of(AddressHandle)
+    mine = adapter.create_address_handle(local.context, pd, handle.attributes)
+    assert mine.number == handle.number
+    (moved,) = restored(other, written(full.upper, tmp_path / "image"))
+    (theirs,) = moved.of(AddressHandle)
+    adapter.destroy_address_handle(moved, theirs)
+    assert mine.number in adapter.ah_numbers
+    adapter.forget(moved)
+    assert mine.number in adapter.ah_numbers
+    adapter.destroy_address_handle(local.context, mine)
+    assert mine.number not in adapter.ah_numbers
 
 
 def test_windows_stay_what_they_are(full: Program, second_upper: Make, tmp_path: Path) -> None:
