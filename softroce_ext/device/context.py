@@ -57,6 +57,10 @@ class Context:
         self.pidfd = -1
         self.sweep_at = SWEEP_AT
 
+    def check_room(self) -> None:
+        """Raise VerbsError(ENOMEM) when `add` would: to be asked before the device knows anything of a new object."""
+        self.handles.check()
+
     def add(self, item: Object) -> int:
         """Give `item` a handle and keep it. Returns the handle."""
         handle = self.handles.take()

@@ -27,12 +27,16 @@ class Handles:
         self._next = 1
         self._free: list[int] = []
 
+    def check(self) -> None:
+        """Raise VerbsError(ENOMEM) when all are taken."""
+        if not self._free and self._next > self._limit:
+            raise VerbsError(errno.ENOMEM, f"more than {self._limit} objects in one context")
+
     def take(self) -> int:
         """Return a free number. Raises VerbsError(ENOMEM) when all are taken."""
+        self.check()
         if self._free:
             return heappop(self._free)
-        if self._next > self._limit:
-            raise VerbsError(errno.ENOMEM, f"more than {self._limit} objects in one context")
         number = self._next
         self._next += 1
         return number

@@ -229,6 +229,7 @@ def _new_cq(context: Context, user_handle: int, cqe: int, vector: int, descripto
     if context.async_fifo is None:
         raise VerbsError(errno.EINVAL, "no context yet")
     channel = _channel_of(context, descriptor)
+    context.check_room()
     cq = CompletionQueue(context.channel.completion_ring(cqe), user_handle, channel, context.async_fifo)
     context.add(cq)
     cq.share(*context.channel.arm_bytes())
@@ -305,9 +306,14 @@ def _new_srq(
         raise VerbsError(errno.EINVAL, f"SRQ of {max_wr} receives with {max_sge} elements")
     if context.async_fifo is None:
         raise VerbsError(errno.EINVAL, "no context yet")
+    context.check_room()
     max_sge = max(max_sge, 1)
-    number = adapter.take_srq_number()
     ring = context.channel.receive_ring(max_wr, max_sge, shared=True)
+    try:
+        number = adapter.take_srq_number()
+    except VerbsError:
+        ring.free()
+        raise
     srq = SharedReceiveQueue(ring, pd, user_handle, max_sge, limit, number, context.async_fifo)
     pd.users += 1
     context.add(srq)

@@ -12,17 +12,21 @@ import os
 import random
 import re
 import struct
+from ctypes import addressof as address_of
 
 import pytest
 from uverbs_program import Program, Upper
 
 from softroce_ext.device import completion
+from softroce_ext.device.errors import VerbsError
 from softroce_ext.native import build
 from softroce_ext.uverbs import channel
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import LAYOUT_VERSION
 from softroce_ext.uverbs.commands_qp import HANDLERS
 from softroce_ext.uverbs.server import MAGIC
+
+MEMORY = ctypes.create_string_buffer(64)
 
 
 def modify(handle: int, mask: int, state: int) -> bytes:
@@ -247,6 +251,68 @@ def test_capabilities_are_answered_as_rxe_answers_them(program: Program) -> None
     assert created == [10, 20, 6, 3, 100]
     queried = struct.unpack_from("<5I", program.call(Command.QUERY_QP, struct.pack("<II", handle, 0), 128), 64)
     assert queried == (15, 31, 6, 3, 100)
+
+
+def _creates(program: Program, made: dict[str, int]) -> list[tuple[Command, bytes, int]]:
+    """A command for each kind of object, and how much it answers."""
+    pd, cq = made["pd"], made["cq"]
+    at = address_of(MEMORY)
+    handle = struct.pack("<QII", 9, pd, 0) + bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 2])
+    handle += struct.pack("<IBBBx", 0, 1, 64, 0) + bytes([0, 0, 0, 0, 0, 1, 1, 0])
+    return [
+        (Command.REG_MR, struct.pack("<QQQII", at, 64, at, pd, 1), 12),
+        (Command.ALLOC_MW, struct.pack("<IB3x", pd, 1), 8),
+        (Command.CREATE_QP, struct.pack("<QIIIIIIIIIBBBx", 0xD1, pd, cq, cq, 0, 5, 5, 1, 1, 0, 0, 2, 0), 64),
+        (Command.CREATE_SRQ, struct.pack("<QIIII", 0xE0, pd, 5, 1, 0), 40),
+        (Command.CREATE_AH, handle, 12),
+        (Command.CREATE_CQ, struct.pack("<QIIiI", 0xC1, 10, 0, -1, 0), 24),
+    ]
+
+
+def _state(program: Program) -> list[object]:
+    """Everything that a create changes."""
+    adapter, context = program.upper.adapter, program.context
+    numbers = (adapter.keys, adapter.queue_pairs, adapter.engine.qps, adapter.srq_numbers, adapter.ah_numbers)
+    users = [(item.handle, item.users) for item in context.objects.values() if hasattr(item, "users")]
+    space = context.channel._space
+    return [*map(set, numbers), set(context.objects), users, list(space._free)]
+
+
+def test_a_create_without_a_handle_leaves_nothing_behind(program: Program) -> None:
+    """The context's table is full: ENOMEM, and no number, ring or count of users is lost."""
+    creates = _creates(program, program.objects())
+    for command, body, out in creates:
+        program.call(command, body, out)
+    before = _state(program)
+    with pytest.raises(VerbsError):
+        while True:
+            program.context.handles.take()
+    for command, body, out in creates:
+        program.call(command, body, out, error=errno.ENOMEM)
+        assert _state(program) == before, command.name
+
+
+def test_a_create_without_memory_leaves_nothing_behind(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tmpfs of the rings is full, at each ring that a create makes."""
+    creates = [
+        item for item in _creates(program, program.objects()) if item[0] in (Command.CREATE_QP, Command.CREATE_SRQ)
+    ]
+    before = _state(program)
+    real = os.posix_fallocate
+    for command, body, out in creates:
+        for rings in range(2 if command == Command.CREATE_QP else 1):
+            left = [rings]
+
+            def full(fd: int, offset: int, size: int, left: list[int] = left) -> None:
+                if not left[0]:
+                    raise OSError(errno.ENOSPC, "full")
+                left[0] -= 1
+                real(fd, offset, size)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "posix_fallocate", full)
+                program.call(command, body, out, error=errno.ENOMEM)
+            assert _state(program) == before, command.name
 
 
 def test_the_numbers_of_shared_receive_queues(program: Program) -> None:
