@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +15,7 @@ from softroce_ext.device.context import Context
 from softroce_ext.device.errors import ImageError, StateError
 from softroce_ext.qp_trace import DEFAULT_LIMIT
 from softroce_ext.uverbs import hw_counters
-from softroce_ext.uverbs.server import inner_pid_of
+from softroce_ext.uverbs.server import inner_pid_of, open_process
 from softroce_ext.wire.path import address_text
 
 if TYPE_CHECKING:
@@ -44,6 +45,23 @@ def _argument(arguments: Arguments, name: str, kind: type | tuple[type, ...], de
 
 def _both(contexts: list[Context], files: list[CmFile]) -> list[Context | CmFile]:
     return [*contexts, *files]
+
+
+def _reach(items: list[Context | CmFile]) -> None:
+    """Get a descriptor of each held program's process, so that all of them can be released, or of none.
+
+    Raises StateError.
+    """
+    try:
+        for item in items:
+            if item.pidfd < 0:
+                item.pidfd = open_process(item.pid)
+    except StateError:
+        for item in items:
+            if item.pidfd >= 0:
+                os.close(item.pidfd)
+                item.pidfd = -1
+        raise
 
 
 def _ip(arguments: Arguments, name: str) -> bytes:
@@ -323,6 +341,7 @@ class Management:
         wait = _argument(arguments, "wait", bool, True)
         timeout = float(_argument(arguments, "timeout", (int, float), 10.0))
         nic = self._nic
+        _reach(_both(contexts, files))
         started = time.monotonic()
         for context in contexts:
             nic.release(context, source)

@@ -33,7 +33,7 @@ from softroce_ext.transport.engine import Engine, EngineConfig
 from softroce_ext.uverbs.channel import FileChannel
 from softroce_ext.uverbs.hw_counters import CounterFiles
 from softroce_ext.uverbs.removal import remove_tree
-from softroce_ext.uverbs.server import CommandServer
+from softroce_ext.uverbs.server import CommandServer, open_process
 from softroce_ext.uverbs.sysfs import SysfsPicture
 from softroce_ext.wire.path import address_text
 
@@ -108,7 +108,7 @@ class Nic:
         self.loop = Loop(config.spin, descriptors, self.engine, self.port, self.commands, self.cm, self._counter_files)
         self.adapter.last_turn = self.loop.last_turn
         watch(self.commands.fileno(), lambda _: self._serve())
-        self.adapter.link_listeners.append(self.sysfs.set_port)
+        self.adapter.link_listeners.append(self._port_changed)
         follow = (self._followed, self._unfollowed) if config.follow else ()
         self.interface = InterfaceWatch(self.port.index, self._link_changed, *follow)
         self.interface.start()
@@ -168,10 +168,11 @@ class Nic:
     def watch_context(self, context: Context) -> None:
         """Listen to a context's doorbell and to the end of its process."""
         self.loop.listen(context, self.drop_context)
-        if context.pid is not None:
-            with contextlib.suppress(OSError):
-                context.pidfd = os.pidfd_open(context.pid)
-                self.descriptors.watch(context.pidfd, lambda _: self.drop_context(context))
+        with contextlib.suppress(StateError):  # no descriptor: the doorbell's end tells, too
+            if context.pidfd < 0:
+                context.pidfd = open_process(context.pid)
+        if context.pidfd >= 0:
+            self.descriptors.watch(context.pidfd, lambda _: self.drop_context(context))
 
     def unwatch_context(self, context: Context) -> None:
         """Be deaf to a context: its end of file and its process's end mean nothing now."""
@@ -219,8 +220,11 @@ class Nic:
     def release(self, context: Context, source: bytes | None) -> None:
         """The program runs again, here: listen to it, un-stop its queue pairs, tell the partners.
 
-        source: the IP address of queue pairs whose own is not here (None: they keep it).
+        source: the IP address of queue pairs whose own is not here (None: they keep it). Raises StateError, and changes
+        nothing, when no descriptor is left to watch the program with.
         """
+        if context.pidfd < 0:
+            context.pidfd = open_process(context.pid)
         context.held = False
         handles = []
         for qp in context.queue_pairs:
@@ -233,7 +237,6 @@ class Nic:
         context.channel.all_dirty(handles)
         self.watch_context(context)
         if context.pid is not None and context.pidfd < 0:
-            context.held = False
             self.drop_context(context)  # it ended while it was held
             return
         self.loop.wake(context)
@@ -268,6 +271,12 @@ class Nic:
             self.sysfs.set_gid(index, gid)
         except OSError as error:  # no descriptor, no room: programs can take both
             print(f"softroce_ext: row {index} of the GID table is not shown: {error}", file=sys.stderr)
+
+    def _port_changed(self) -> None:
+        try:
+            self.sysfs.set_port()
+        except OSError as error:
+            print(f"softroce_ext: the change of {self.config.interface} is not shown: {error}", file=sys.stderr)
 
     def _serve(self) -> None:
         self.commands.serve()

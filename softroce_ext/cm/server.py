@@ -24,10 +24,10 @@ from softroce_ext.cm.ids import Endpoint, EventQueue
 from softroce_ext.cm.manager import CommunicationManager
 from softroce_ext.cm.records import FileRecord
 from softroce_ext.device.checkpoint import NO_PROCESS
-from softroce_ext.device.errors import ImageError, VerbsError
+from softroce_ext.device.errors import ImageError, StateError, VerbsError
 from softroce_ext.device.memory import ProcessMemory
 from softroce_ext.uverbs.channel import MAILBOX_DATA, FileChannel
-from softroce_ext.uverbs.server import inner_pid_of
+from softroce_ext.uverbs.server import inner_pid_of, open_process
 
 EVENTS: Final = "events"
 MAX_FILES: Final = 256
@@ -119,8 +119,10 @@ class CmFiles:
 
     def _listen_to(self, file: CmFile) -> None:
         self._watch(file.channel.doorbell, lambda events: self._doorbell(file, events))
-        with contextlib.suppress(OSError):
-            file.pidfd = os.pidfd_open(file.pid or NO_PROCESS)
+        with contextlib.suppress(StateError):  # no descriptor: the doorbell's end tells, too
+            if file.pidfd < 0:
+                file.pidfd = open_process(file.pid)
+        if file.pidfd >= 0:
             self._watch(file.pidfd, lambda _: self.close(file))
 
     def _be_deaf_to(self, file: CmFile) -> None:
@@ -152,7 +154,9 @@ class CmFiles:
         self._cm.hold(file.queue, self._clock())
 
     def release(self, file: CmFile) -> None:
-        """Its program runs again, here."""
+        """Its program runs again, here. Raises StateError, and changes nothing, when no descriptor is left."""
+        if file.pidfd < 0:
+            file.pidfd = open_process(file.pid)
         self._cm.release(file.queue, self._clock())
         self._listen_to(file)
         if file.pidfd < 0:

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from softroce_ext.device.adapter import Adapter
 from softroce_ext.device.context import Context
-from softroce_ext.device.errors import NotYet, VerbsError
+from softroce_ext.device.errors import NotYet, StateError, VerbsError
 from softroce_ext.device.memory import ProcessMemory
 from softroce_ext.uverbs import abi
 from softroce_ext.uverbs.channel import LAYOUT_VERSION, MAILBOX_DATA, FileChannel
@@ -55,6 +55,21 @@ class _Waiting:
     sequence: int
     message: bytes
     deadline: float
+
+
+def open_process(pid: int | None) -> int:
+    """A descriptor that says when process `pid` ends (pidfd); -1: it has ended, or there is none (None).
+
+    Raises StateError when that cannot be known, for want of a descriptor: the process may well be alive.
+    """
+    if pid is None:
+        return -1
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+    except OSError as error:
+        raise StateError(f"process {pid} cannot be watched, so nothing was changed: {error.strerror}") from None
 
 
 def inner_pid_of(pid: int) -> int:
