@@ -343,13 +343,15 @@ def _no_interrupt(tell: Callable[[], None]) -> Iterator[None]:
                 tell()
 
     teller = threading.Thread(target=answer, name="tell-interrupts", daemon=True)
-    teller.start()
+    # Before the thread, which may have to wait for a processor: nothing may be interrupted from here on.
     old = {number: signal.signal(number, lambda *_: asked.put(True)) for number in _INTERRUPTS}
     try:
+        teller.start()
         yield
     finally:
         asked.put(False)
-        teller.join()
+        if teller.ident is not None:
+            teller.join()
         for number, handler in old.items():
             signal.signal(number, handler)
 

@@ -216,13 +216,13 @@ def exists(kind: str, what: str) -> bool:
         return os.path.realpath(what) in mounts()
     if kind == "ovs_bridge":
         # No answer: Open vSwitch's database, which outlives it, may still have the bridge.
-        return bridge_exists(what) is not False
+        return bridge_exists(what, 5) is not False
     return os.path.lexists(what)
 
 
-def bridge_exists(name: str) -> bool | None:
-    """Whether Open vSwitch has this bridge; None if it does not answer (within 30 s)."""
-    argv = ["ovs-vsctl", "--timeout=30", "br-exists", name]
+def bridge_exists(name: str, patience: int = 30) -> bool | None:
+    """Whether Open vSwitch has this bridge; None if it does not answer within `patience` seconds."""
+    argv = ["ovs-vsctl", f"--timeout={patience}", "br-exists", name]
     if shutil.which(argv[0]) is None:
         return False
     code = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True).returncode

@@ -343,6 +343,8 @@ def _atomic(qp: QueuePair, packet: Packet) -> int:
         else:
             value = swap_or_add if original == compare else original
         memory.write(local, value.to_bytes(8, "little"))
+        # Others may reach the word through another program's memory, in this same batch: now, not at its end.
+        memory.read(local, 8)
     except MemoryFault:
         raise remote_operational() from None
     qp.will_write(memory, True)

@@ -69,6 +69,8 @@ def open_process(pid: int | None) -> int:
     except ProcessLookupError:
         return -1
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            return -1  # before Linux 6.15: it has ended, and its number is still a group's or a session's
         raise StateError(f"process {pid} cannot be watched, so nothing was changed: {error.strerror}") from None
 
 

@@ -201,6 +201,22 @@ def test_an_atomic_behind_a_write_that_could_not_be_stored() -> None:
     assert [wc.wr_id for wc in scene.here.scq.entries] == [1, 2]
 
 
+@pytest.mark.parametrize("opcode", [ADD, SWAP])
+def test_atomics_of_two_programs_on_one_word_in_one_batch(opcode: WrOpcode) -> None:
+    """Each program has registered the page that both share. Exactly one of two swaps finds what it looks for."""
+    scene = pair()
+    other = end(scene.here.host, 19), end(scene.there.host, 20)
+    connect(*other)
+    other[1].ram.data = scene.there.ram.data
+    for here, number in ((scene.here, 1), (other[0], 2)):
+        more = {"compare_add": 1} if opcode == ADD else {"compare_add": 0, "swap": number}
+        here.post(opcode, number, BASE, 8, remote_address=BASE + 2048, **more)
+    scene.world.run(lambda: all(here.scq.entries for here in (scene.here, other[0])))
+    before = sorted(int.from_bytes(here.ram.data[:8], "little") for here in (scene.here, other[0]))
+    after = int.from_bytes(scene.there.ram.data[2048:2056], "little")
+    assert (before, after) == ([0, 1], 2) if opcode == ADD else before == [0, after] and after
+
+
 def test_another_queue_pair_is_not_to_blame() -> None:
     """Both use one process's memory; what came for both came in one batch."""
     scene = pair()
