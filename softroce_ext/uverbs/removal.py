@@ -32,7 +32,8 @@ def remove_tree(path: Path) -> None:
                 pass
         finally:
             os.close(top)
-        path.rmdir()
+    with contextlib.suppress(OSError):
+        path.rmdir()  # also where no descriptor was left to look into it: it may be empty
 
 
 def _clear(folder: int, top: int, steps: Iterator[int]) -> bool:

@@ -5,6 +5,7 @@ Invariants: nothing of it stays, nothing outside of it goes, nothing is raised, 
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -132,3 +133,16 @@ def test_it_ends_even_if_somebody_goes_on_filling(tree: Path, monkeypatch: pytes
     remove_tree(tree)
     assert removed
     assert tree.exists()
+
+
+def test_an_empty_folder_goes_without_a_descriptor(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a program that could not be taken in for want of one."""
+
+    def none_left(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(removal.os, "open", none_left)
+    empty = tree / "empty"
+    empty.mkdir()
+    remove_tree(empty)
+    assert not empty.exists()
