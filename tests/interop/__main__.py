@@ -81,8 +81,8 @@ def _end(entries: list[dict[str, object]], note: str) -> None:
     tries = f", {again} at a later try" if again else ""
     console.print(f"\n{len(entries) - len(failed)} of {len(entries)} cases passed{tries} ({note})", highlight=False)
     known = [entry for entry in failed if entry["known"]]
-    for entry in known:
-        console.print(f"known: {entry['program']} {entry['direction']}: {entry['known']}", highlight=False)
+    for text in dict.fromkeys(f"known: {entry['program']} {entry['direction']}: {entry['known']}" for entry in known):
+        console.print(text, highlight=False)
     if len(failed) > len(known) or not entries:
         raise typer.Exit(Exit.CHECK_FAILED)
 
