@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from testbed.bench import Bench, one_switch, script, with_hosts
-from testbed.measure import latency, ping
-from testbed.stats import paired_ratio
+from testbed.measure.bench import Bench, one_switch, script, with_hosts
+from testbed.measure.numbers import latency, ping
+from testbed.record.stats import paired_ratio
 
 SEND = ["ib_send_lat", "-F", "-x", "1", "-s", "64"]
 

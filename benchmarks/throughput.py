@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from testbed.bench import Bench, one_switch, script, with_hosts
-from testbed.measure import bandwidth, iperf3
-from testbed.stats import paired_ratio
+from testbed.measure.bench import Bench, one_switch, script, with_hosts
+from testbed.measure.numbers import bandwidth, iperf3
+from testbed.record.stats import paired_ratio
 
 WRITE = ["ib_write_bw", "-F", "-x", "1", "-s", "1048576", "-m", "4096", "--report_gbits"]
 

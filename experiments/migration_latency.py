@@ -22,12 +22,12 @@ from typing import Any
 
 import yaml
 
-from testbed import text
-from testbed.bench import one_switch, script
-from testbed.plots import lines, stacked_phases
-from testbed.results import RunFolder
-from testbed.stats import Estimate, estimate
-from testbed.summary import PHASES, Summary
+from testbed.measure.bench import one_switch, script
+from testbed.record.folder import RunFolder
+from testbed.record.stats import Estimate, estimate
+from testbed.record.summary import PHASES, Summary
+from testbed.view import text
+from testbed.view.plots import lines, stacked_phases
 
 SIZES = (64, 4096, 65536, 1 << 20)
 QUEUE_PAIRS = (1, 4, 16, 64)

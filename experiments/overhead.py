@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed.bench import Bench, one_switch, script, with_hosts
-from testbed.measure import bandwidth, latency
-from testbed.plots import ratios
-from testbed.results import RunFolder, load_summary
-from testbed.stats import Estimate, estimate, paired_ratio
+from testbed.measure.bench import Bench, one_switch, script, with_hosts
+from testbed.measure.numbers import bandwidth, latency
+from testbed.record.folder import RunFolder, load_summary
+from testbed.record.stats import Estimate, estimate, paired_ratio
+from testbed.view.plots import ratios
 
 HOSTS = {"h1": {}, "h2": {}, "h3": {"nic": {"migros": False}}, "h4": {"nic": {"migros": False}}}
 WITH, WITHOUT = ("h1", "h2"), ("h3", "h4")

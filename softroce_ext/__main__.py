@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from softroce_ext.device.numbers import MAX_BASE
-from softroce_ext.impairment import ImpairmentSpec
 from softroce_ext.native import build
+from softroce_ext.port.impairment import ImpairmentSpec
 
 EXIT_BAD_INPUT, EXIT_ENVIRONMENT = 2, 3
 HIGH_NICE = -15
@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a NIC until it is told to stop; returns the exit code."""
     options = parser().parse_args(argv)
-    from softroce_ext.nic import Nic, NicConfig
+    from softroce_ext.process.nic import Nic, NicConfig
 
     config = NicConfig(
         interface=options.interface,

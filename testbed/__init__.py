@@ -1,9 +1,9 @@
-"""The harness: a topology file in, an emulated RDMA network with running programs and migrations, a report out.
+"""The testbed: a topology file in, an emulated RDMA network with running programs and migrations, a report out.
 
-What lives here: topology (schema and its errors), network and controller (Mininet, Open vSwitch, OpenFlow), hosts and
-their agents (SSH), checkpoint and migration (CRIU, the phases, the rollback), results and report, and the command line.
-It may import the network card's public parts (`softroce_ext.control`, `softroce_ext.native`), never its transport or
-device internals; the card never imports the harness.
+Rooms, lowest first: `base`, `record`, `cleanup`, `topology`, `checkpoint`, `view`, `controller`, `agent`, `diagram`,
+`network`, `lab`, `migration`, `run`, `measure`, `cli`. The first lines of each say what lives there and what it may
+import; `tests/unit/test_layers.py` checks that. Of the NIC the testbed uses the management socket, the C parts and the
+names of the verbs; the NIC never imports the testbed.
 """
 
 __version__ = "0.1.0"

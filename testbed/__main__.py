@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-from testbed.errors import Exit, TestbedError
+from testbed.base.errors import Exit, TestbedError
 
 
 def _use_own_environment() -> None:
@@ -36,7 +36,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run one verb and exit with its code (`testbed.errors.Exit`)."""
+    """Run one verb and exit with its code (`testbed.base.errors.Exit`)."""
     _use_own_environment()
     from testbed.cli.main import app
 

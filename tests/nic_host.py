@@ -13,7 +13,7 @@ from pathlib import Path
 
 from softroce_ext.control import ControlClient
 from softroce_ext.native import build
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
 
 RUN = "/run/migros/nic"
 WITH_US = ("setpriv", "--pdeathsig", "KILL")

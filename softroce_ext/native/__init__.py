@@ -1,5 +1,7 @@
 """The few C sources and what compiles them.
 
 Here live the programs that cannot be Python: the preload bridge (`bridge/`), an application's first process and the
-CRIU plug-ins. Anybody may import `build`; this package imports nothing of ours.
+CRIU plug-ins.
+
+May import: nothing.
 """

@@ -2,6 +2,7 @@
 
 `hosts` have memory, keys and queues, `link` is a bad network, `world` a clock; `schedule` makes and checks one random
 schedule from a seed; `python -m softroce_ext.simulation` runs many. The code under test is `softroce_ext.transport`, as
-in the NIC. May import `transport` and `wire`; nothing here opens a socket or reads a clock (only the command measures
-its own speed).
+in the NIC. Nothing here opens a socket or reads a clock (only the command measures its own speed).
+
+May import: `softroce_ext.transport`, `softroce_ext.wire`.
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from testbed.agent.channel import Channel
 from testbed.agent.service import Agent
+from testbed.agent.table import OPS
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle; it closes the channel
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    agent.serve()
+    agent.serve(OPS)
     sys.stderr.flush()
     os._exit(0)  # operations still blocked in threads must not hold up the end
 

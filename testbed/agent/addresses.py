@@ -1,6 +1,6 @@
 """IP addresses on the data interface: added and removed as an application's address moves between hosts.
 
-An address is an IPv4 address and the IPv6 address beside it (`testbed.ip6`).
+An address is an IPv4 address and the IPv6 address beside it (`testbed.base.ip6`).
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
-from testbed import ip6
 from testbed.agent.operations import OperationError, operation
 from testbed.agent.service import Agent
+from testbed.base import ip6
 
 
 @operation("address_add")

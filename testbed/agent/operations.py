@@ -6,7 +6,6 @@ in a thread of its own, so an operation may block, and must guard what it shares
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
@@ -16,15 +15,7 @@ Blame = Literal["input", "environment", "run"]
 Operation = Callable[..., "dict[str, Any] | None"]
 
 OPS: Final[dict[str, Operation]] = {}
-
-MODULES: Final = (
-    "testbed.agent.nic",
-    "testbed.agent.apps",
-    "testbed.agent.addresses",
-    "testbed.agent.files",
-    "testbed.checkpoint.agent_ops",
-)
-"""Modules that fill OPS when imported, in this order."""
+"""Filled as the modules of operations are imported; `testbed.agent.table` imports them all."""
 
 
 class OperationError(Exception):
@@ -46,13 +37,3 @@ def operation(name: str) -> Callable[[Operation], Operation]:
         return function
 
     return enter
-
-
-def load() -> None:
-    """Import every module of MODULES. One that is absent as a whole is passed over (a host without checkpoint code)."""
-    for name in MODULES:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                raise

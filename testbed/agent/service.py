@@ -8,13 +8,12 @@ import platform
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from testbed.agent import operations
 from testbed.agent.channel import Channel, ChannelClosed
-from testbed.agent.operations import OPS, OperationError
+from testbed.agent.operations import Operation, OperationError
 from testbed.agent.processes import ProcessWatch
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ class Agent:
         self._endings: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._closing = False
+        self._operations: Mapping[str, Operation] = {}
 
     @property
     def nic_directory(self) -> Path:
@@ -70,9 +70,9 @@ class Agent:
 
         return take_back
 
-    def serve(self) -> None:
+    def serve(self, operations: Mapping[str, Operation]) -> None:
         """Answer requests until the channel closes or the operation `shutdown` comes, then end everything."""
-        operations.load()
+        self._operations = operations
         try:
             self._channel.send({"event": "hello", "host": self.host, "t": time.monotonic(), **_about()})
             for request in self._channel.messages():
@@ -102,9 +102,11 @@ class Agent:
     def _answer(self, request: dict[str, Any]) -> None:
         answer: dict[str, Any] = {"id": request.get("id")}
         try:
-            function = OPS.get(str(request.get("op")))
+            function = self._operations.get(str(request.get("op")))
             if function is None:
-                raise OperationError(f"unknown operation {request.get('op')!r}; known: {', '.join(sorted(OPS))}")
+                raise OperationError(
+                    f"unknown operation {request.get('op')!r}; known: {', '.join(sorted(self._operations))}"
+                )
             answer |= {"ok": True, "result": function(self, **request.get("args", {})) or {}}
         except OperationError as error:
             answer |= {"ok": False, "error": error.message, "blame": error.blame, "hint": error.hint}

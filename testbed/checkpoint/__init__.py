@@ -1,10 +1,9 @@
-"""Checkpoint and restore of an application's processes, and the way of an image from host to host.
+"""CRIU: which one to use, how an application's processes are dumped and restored, and what CRIU leaves to be done.
 
-What lives here: which CRIU to use and how to get one (`criu_binary`, `install_criu`), the dump and restore runners with
-their hooks (`dump`, `restore`, `hooks`), the stream that carries images between agents (`transfer`), and what CRIU
-leaves to be done around it (`processes`, `network_lock`).
+What lives here: finding and installing CRIU (`criu_binary`, `install_criu`), the dump and restore runners with their
+hooks (`dump`, `restore`, `hooks`), the inventory image (`inventory`), the process tree that is dumped (`tree`), and the
+netfilter table that a dump leaves (`network_lock`). It runs inside the agents and starts fast. It knows nothing of
+topologies, the phases of a migration or the virtual NIC: the agent's operations join those.
 
-It runs inside the agents, so it imports the standard library, `testbed.errors` and `softroce_ext.native` only, and
-starts fast. It knows nothing of topologies, migrations' phases or the virtual NIC: `testbed.agent.migrate_ops` joins
-those.
+May import: `softroce_ext.native`, `testbed.base`.
 """

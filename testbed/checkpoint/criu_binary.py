@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
 
 PREFIX = Path("/var/lib/migros-testbed/criu")
 MINIMUM = (4, 2)

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from testbed.base.errors import EnvironmentProblem, TestbedError
 from testbed.checkpoint import criu_binary
-from testbed.errors import EnvironmentProblem, TestbedError
 
 SUITES = ("forky", "sid")
 """Debian suites tried in order; both carried CRIU 4.2.1 in November 2026."""

@@ -14,8 +14,9 @@ def clean(
     force: Annotated[bool, typer.Option("--force", help="end live runs too")] = False,
 ) -> int:
     """Remove what killed runs left. Processes, links, bridges, mounts, files; live runs are left alone."""
-    from testbed import cleanup, state
-    from testbed.errors import BadInput, EnvironmentProblem, Exit
+    from testbed.base.errors import BadInput, EnvironmentProblem, Exit
+    from testbed.cleanup import clean as cleanup
+    from testbed.cleanup import state
     from testbed.network import fixtures
 
     runs = state.runs()

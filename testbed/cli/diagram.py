@@ -16,10 +16,10 @@ def diagram(
     end: Annotated[float | None, typer.Option("--to", help="ms after the first packet")] = None,
 ) -> int:
     """Draw traces as a sequence diagram. Without --from and --to: around the first loss, NAK, or RESUME."""
-    from testbed import trace
-    from testbed.diagram import layout
-    from testbed.diagram_picture import draw
-    from testbed.errors import BadInput, EnvironmentProblem, Exit
+    from testbed.base.errors import BadInput, EnvironmentProblem, Exit
+    from testbed.diagram import trace
+    from testbed.diagram.layout import layout
+    from testbed.diagram.picture import draw
 
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise BadInput(f"unknown picture format {output.suffix!r}", where=str(output), hint="-o FILE.png, .svg or .pdf")

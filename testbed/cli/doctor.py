@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from testbed.probe import Finding
+    from testbed.cli.probe import Finding
 
 _STYLE = {"ok": "green", "limited": "yellow", "missing": "bold red", "unknown": "dim"}
 
@@ -17,8 +17,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
     """Examine this machine. What works, what works in another way, what is missing, and what to do about it."""
     import dataclasses
 
-    from testbed import probe
-    from testbed.errors import Exit
+    from testbed.base.errors import Exit
+    from testbed.cli import probe
 
     findings = probe.examine()
     if as_json:

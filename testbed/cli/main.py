@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import typer
 
+from testbed.base.errors import BadInput, Exit
 from testbed.cli import clean, diagram, doctor, run, schema, status, trace, validate
-from testbed.errors import BadInput, Exit
 
 USAGE_ERROR: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
 """UsageError of click, or of the copy of click in newer typers; typer itself exports only its subclass."""

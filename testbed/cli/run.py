@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from testbed.summary import Summary
+    from testbed.record.summary import Summary
     from testbed.topology import ResolvedTopology
 
 
@@ -25,9 +25,9 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved topology and stop")] = False,
 ) -> int:
     """Run a topology. Builds the network, runs the programs, migrates them, checks and reports. Needs root."""
-    from testbed.topology import load
+    from testbed.topology import load, resolve
 
-    resolved = load(topology).resolve()
+    resolved = resolve(load(topology))
     if dry_run:
         _show(resolved, as_json)
         return 0
@@ -36,7 +36,7 @@ def run(
     if as_json:
         sys.stdout.write(summary.to_json())
     else:
-        from testbed.report import print_report
+        from testbed.view.report import print_report
 
         print_report(summary)
     return _exit_code(summary)
@@ -53,7 +53,7 @@ def _show(resolved: ResolvedTopology, as_json: bool) -> None:
 
 
 def _require_root() -> None:
-    from testbed.errors import EnvironmentProblem
+    from testbed.base.errors import EnvironmentProblem
 
     if os.geteuid() != 0:
         again = " ".join(["sudo", sys.executable, "-m", "testbed", *sys.argv[1:]])
@@ -61,8 +61,8 @@ def _require_root() -> None:
 
 
 def _once(resolved: ResolvedTopology, root: Path | None, seed: int | None, live: bool) -> Summary:
-    from testbed import runner
-    from testbed.live import LiveView
+    from testbed.run import runner
+    from testbed.view.live import LiveView
 
     with LiveView(plain=None if live else True) as view:
         return runner.run(resolved, runner.Options(root=root, seed=seed, listener=view.on_event))
@@ -70,7 +70,7 @@ def _once(resolved: ResolvedTopology, root: Path | None, seed: int | None, live:
 
 def _often(resolved: ResolvedTopology, root: Path | None, seed: int | None, live: bool, repeat: int) -> Summary:
     """`repeat` runs in one folder; each gets a seed of its own, counted up from the first."""
-    from testbed.results import RunFolder, summarise_repeats
+    from testbed.record.folder import RunFolder, summarise_repeats
 
     first = resolved.seed if seed is None else seed
     with RunFolder.create(resolved.name, seed=first, root=root) as folder:
@@ -87,7 +87,7 @@ def _often(resolved: ResolvedTopology, root: Path | None, seed: int | None, live
 
 
 def _exit_code(summary: Summary) -> int:
-    from testbed.errors import Exit
+    from testbed.base.errors import Exit
 
     if summary.interrupted:
         return Exit.INTERRUPTED

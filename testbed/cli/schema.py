@@ -21,7 +21,7 @@ def schema(
     publish: Annotated[bool, typer.Option("--publish", hidden=True, help="rewrite the file in the package")] = False,
 ) -> int:
     """Print a JSON schema. Of topology files, or of summary.json."""
-    from testbed import summary
+    from testbed.record import summary
     from testbed.topology import schema as topology_schema
 
     if publish:

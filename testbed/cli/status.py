@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from testbed.state import Run
+    from testbed.cleanup.state import Run
 
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> int:
     """Show runs and their NICs. Devices, programs, queue pairs, counters; killed runs that `testbed clean` removes."""
-    from testbed import state
+    from testbed.cleanup import state
 
     runs = state.runs(state.BASE)
     nics, problems = _nics(runs)
@@ -54,8 +54,9 @@ def _line(run: Run) -> str:
 
 def _nics(runs: list[Run]) -> tuple[list[dict[str, Any]], list[str]]:
     """Reports of all running NICs, and why some are missing. A NIC that ends meanwhile is no error of the verb."""
-    from testbed import nics, state
-    from testbed.errors import TestbedError
+    from testbed.base.errors import TestbedError
+    from testbed.cleanup import state
+    from testbed.lab import nics
 
     if not any(run.alive for run in runs):
         return [], []
@@ -74,7 +75,7 @@ def _nics(runs: list[Run]) -> tuple[list[dict[str, Any]], list[str]]:
 def _print(reports: list[dict[str, Any]]) -> None:
     from rich.console import Console
 
-    from testbed import nic_tables
+    from testbed.view import nic_tables
 
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:

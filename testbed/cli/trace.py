@@ -19,8 +19,8 @@ def trace(
     limit: Annotated[int, typer.Option("--limit", min=1, help="lines after which it ends by itself")] = 2_000_000,
 ) -> int:
     """Trace queue pairs of a running host. Ends after --seconds or on Ctrl-C; testbed diagram draws it."""
-    from testbed import nics
-    from testbed.errors import Exit
+    from testbed.base.errors import Exit
+    from testbed.lab import nics
 
     nic = nics.one(host, run)
     path = (output or Path(f"{host}.jsonl")).absolute()

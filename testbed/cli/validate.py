@@ -15,7 +15,7 @@ def validate(
 ) -> int:
     """Check topology files. Says everything that is wrong with them, with place, reason and hint."""
     from testbed import topology
-    from testbed.errors import BadInput, Exit, TopologyError
+    from testbed.base.errors import BadInput, Exit, TopologyError
 
     found: list[dict[str, object]] = []
     for file in files:

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from testbed.base.errors import TestbedError
 from testbed.controller import framework
 from testbed.controller.datapath import FlowCache
 from testbed.controller.fabric import Fabric
-from testbed.errors import TestbedError
 
 PRIORITY: Final = -10
 """Nice value, that of ovs-vswitchd."""

@@ -4,7 +4,7 @@ Runs unchanged on Ryu and on os-ken. The framework delivers events on this appli
 the northbound socket arrive on threads of their own, take `self._one_at_a_time`, send, and sleep until the event thread
 has seen every barrier reply.
 
-An IPv4 address and the IPv6 address beside it (`testbed.ip6`) are moved together: requests name the former.
+An IPv4 address and the IPv6 address beside it (`testbed.base.ip6`) are moved together: requests name the former.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, TypeVar, cast
 
-from testbed import ip6
+from testbed.base import ip6
 from testbed.controller import framework, northbound
 from testbed.controller.arp import ArpFrame, reply_to
 from testbed.controller.datapath import FlowCache, FlowCacheError

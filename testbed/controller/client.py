@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from testbed.errors import RunFailed
+from testbed.base.errors import RunFailed
 
 
 class ControllerClient:

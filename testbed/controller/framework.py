@@ -14,7 +14,7 @@ import warnings
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
 
 PACKAGES: Final = {"ryu": "ryu", "os-ken": "os_ken"}
 """Name that users know (and pip) → importable package, in order of preference."""

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from testbed.base.errors import EnvironmentProblem, RunFailed
+from testbed.cleanup.state import RunState
 from testbed.controller.datapath import DATAPATHS, control_socket
 from testbed.controller.fabric import Fabric
-from testbed.errors import EnvironmentProblem, RunFailed
-from testbed.state import RunState
 
 START_TIMEOUT: Final = 60.0
 """Seconds. Importing Ryu takes one; a machine with all cores taken is given time."""

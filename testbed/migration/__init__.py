@@ -2,22 +2,23 @@
 
 What lives here: the order of the phases and of their undoing (`move`), the list of undo steps (`undo`), when each phase
 began and ended (`timeline`), and what the NICs counted and when completions came around it (`observe`). The work itself
-is done by the agents (`testbed.checkpoint.agent_ops`) and the controller.
+is done by the agents (`testbed.agent.moves`) and the controller.
 
-May import: `testbed.session`, `testbed.hosts`, `testbed.summary`, `testbed.errors`, `testbed.topology`. Whoever runs a
-topology calls `migrate` and nothing else.
+Whoever runs a topology calls `migrate` and nothing else.
+
+May import: `testbed.base`, `testbed.record`, `testbed.topology`, `testbed.controller`, `testbed.lab`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from testbed import summary
 from testbed.migration.move import Move
+from testbed.record import summary
 from testbed.topology import ResolvedMigration
 
 if TYPE_CHECKING:
-    from testbed.session import Session
+    from testbed.lab.session import Session
 
 __all__ = ["migrate"]
 

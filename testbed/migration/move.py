@@ -22,16 +22,17 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from testbed import ip6, summary
-from testbed.errors import MigrationFailed, TestbedError
+from testbed.base import ip6
+from testbed.base.errors import MigrationFailed, TestbedError
 from testbed.migration import observe
 from testbed.migration.timeline import Timeline
 from testbed.migration.undo import Undo
+from testbed.record import summary
 from testbed.topology import ResolvedMigration
 
 if TYPE_CHECKING:
     from testbed.controller.client import ControllerClient
-    from testbed.session import Session
+    from testbed.lab.session import Session
 
 CARRY_SECONDS = 900.0
 """Bound on everything from freeze to transfer: a large memory over a slow emulated link takes its time."""

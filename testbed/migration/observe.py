@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from testbed.errors import TestbedError
-from testbed.hosts import Host
+from testbed.base.errors import TestbedError
+from testbed.lab.hosts import Host
 
 GAP_SECONDS = 3.0
 """How long to wait for the first completion after the migration; a program without any has ended or pauses."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
-from testbed.summary import BLACKOUT_PHASES, PHASES, Phase
+from testbed.record.summary import BLACKOUT_PHASES, PHASES, Phase
 
 Tell = Callable[..., None]
 """RunFolder.event."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from testbed.errors import TestbedError
+from testbed.base.errors import TestbedError
 
 
 class Undo:

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from testbed import state as run_state
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
+from testbed.cleanup import state as run_state
+from testbed.cleanup.state import RunState
 from testbed.network import machine, plan, scheduling
-from testbed.state import RunState
 
 PRIVATE: Final = "/run/migros"
 """Mounted in every host, private to it."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from testbed import ip6
+from testbed.base import ip6
+from testbed.base.errors import EnvironmentProblem, RunFailed
+from testbed.cleanup.state import RunState
 from testbed.controller.client import ControllerClient
 from testbed.controller.process import ControllerProcess
-from testbed.errors import EnvironmentProblem, RunFailed
 from testbed.network import fixtures, machine, scheduling, shaping, ssh
 from testbed.network.plan import MANAGEMENT_INTERFACE, Plan, Wire, plan
-from testbed.state import RunState
 from testbed.topology import ResolvedTopology
 
 READY_TIMEOUT: Final = 60.0

@@ -12,7 +12,7 @@ import contextlib
 import sys
 from typing import Any
 
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
 from testbed.network.fixtures import PRIVATE
 from testbed.network.machine import command
 

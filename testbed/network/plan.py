@@ -10,7 +10,7 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Final
 
-from testbed import ip6
+from testbed.base import ip6
 from testbed.controller.fabric import Attachment, Fabric, Trunk
 from testbed.topology import ResolvedHost, ResolvedTopology
 from testbed.topology.resolved import MANAGEMENT_NETWORK

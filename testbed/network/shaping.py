@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Final
 
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
 from testbed.network.machine import CommandFailed, command
 
 OFFLOADS: Final = ("tx", "rx", "tso", "gso", "gro")

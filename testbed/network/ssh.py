@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from testbed.errors import RunFailed
+from testbed.base.errors import RunFailed
+from testbed.cleanup.state import RUN_VARIABLE, RunState
 from testbed.network.machine import command, program_path
-from testbed.state import RUN_VARIABLE, RunState
 
 PORT: Final = 22
 """In a network namespace of its own, so nobody else's."""

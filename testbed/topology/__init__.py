@@ -2,8 +2,9 @@
 
 What lives here: `models` (what a user may write), `units` (durations, sizes, fractions), `load` (YAML with line
 numbers, every error at once), `checks` (what no schema can say: names, reachability, addresses), `resolved` (every
-automatic value filled in). It may import `testbed.errors` and nothing else of ours; it never touches the machine, so
-validating needs no root.
+automatic value filled in). Nothing here touches the machine, so validating needs no root.
+
+May import: `testbed.base`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from testbed.topology.resolved import (
     ResolvedNic,
     ResolvedSwitch,
     ResolvedTopology,
+    resolve,
 )
 
 __all__ = [
@@ -39,4 +41,5 @@ __all__ = [
     "find",
     "load",
     "parse",
+    "resolve",
 ]

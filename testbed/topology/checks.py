@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from testbed.errors import Problem
+from testbed.base.errors import Problem
 from testbed.topology.models import HEADROOM, RDMA_MTUS, App, Host, Link, Migration, Section
 from testbed.topology.resolved import MANAGEMENT_NETWORK, NODE_NETWORK, checks_data, placeholders
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from testbed.errors import BadInput, Problem, TopologyError
+from testbed.base.errors import BadInput, Problem, TopologyError
 from testbed.topology import checks
 from testbed.topology.models import App, Host, Impair, Link, Migration, Nic, Report, Section, Topology
 

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from testbed.topology.units import Duration, Fraction, Moment
-
-if TYPE_CHECKING:
-    from testbed.topology.resolved import ResolvedTopology
 
 NAME_PATTERN: Final = r"^[A-Za-z][A-Za-z0-9_]*$"
 LONGEST_NODE_NAME: Final = 9
@@ -195,9 +192,3 @@ class Topology(Section):
     """Trace every queue pair for the whole run, a file of JSON lines per NIC (docs/trace.md). Slows the NICs down."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of every random choice of the run: impairments, first PSNs."""
-
-    def resolve(self) -> ResolvedTopology:
-        """Every automatic value filled in. The topology must have passed `checks` (it has, coming from `load`)."""
-        from testbed.topology.resolved import resolve
-
-        return resolve(self)

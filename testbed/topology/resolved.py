@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from testbed import ip6
+from testbed.base import ip6
 from testbed.topology.models import HEADROOM, RDMA_MTUS, Host, Report, Topology
 
 NODE_NETWORK: Final = ipaddress.IPv4Network("100.64.0.0/16")
@@ -221,7 +221,10 @@ def _host(topology: Topology, name: str, host: Host, index: int, ip: str) -> Res
 
 
 def resolve(topology: Topology) -> ResolvedTopology:
-    """Fill in everything. `topology` must have passed the checks: lookups are not guarded here."""
+    """Return the topology with every automatic value filled in.
+
+    `topology` must have passed `checks` (it has, coming from `load`): lookups are not guarded here.
+    """
     host_ips = addresses(topology)
     app_ips = app_addresses(topology, host_ips)
     known = host_ips | app_ips

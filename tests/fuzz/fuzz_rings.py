@@ -29,7 +29,7 @@ from scribbler import CONSUMER, PAGE, PRODUCER, Peer, Scribbler, install_guard
 from uverbs_program import Upper
 
 from softroce_ext.device.queue_pair import QueuePair
-from softroce_ext.loop import LOOPBACK_FULL
+from softroce_ext.process.loop import LOOPBACK_FULL
 from softroce_ext.simulation.hosts import ByteSink
 from softroce_ext.transport.engine import Engine
 from softroce_ext.uverbs import rings

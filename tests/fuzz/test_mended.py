@@ -20,14 +20,14 @@ from fuzz_common import Tally, watchdog
 from scribbler import install_guard
 from uverbs_program import Program, Upper
 
-from softroce_ext.capture import Capture
 from softroce_ext.cm.ids import PS_UDP, Endpoint
 from softroce_ext.cm.manager import NEVER
 from softroce_ext.cm.server import CmFiles, Memberships
-from softroce_ext.command_trace import CommandTrace
-from softroce_ext.control import ControlServer
+from softroce_ext.control.server import ControlServer
 from softroce_ext.device.queue_pair import Destination
+from softroce_ext.port.capture import Capture
 from softroce_ext.simulation.hosts import Host, end
+from softroce_ext.trace.commands import CommandTrace
 from softroce_ext.uverbs import channel, commands, server
 from softroce_ext.uverbs.abi import Command
 

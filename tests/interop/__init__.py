@@ -2,6 +2,6 @@
 
 `guest/` builds and boots the guest, `lab.py` joins two ends by the `relay.py` that can spoil the link, `programs.py`
 is the table of what runs, `matrix.py` expands and runs it, `probe/` holds programs of our own that run at both ends.
-Run it with `python -m tests.interop`. Imports `softroce_ext` and `testbed.errors` only;
+Run it with `python -m tests.interop`. Imports `softroce_ext` and `testbed.base.errors` only;
 nothing else may import this package.
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from testbed.errors import Exit, TestbedError
+from testbed.base.errors import Exit, TestbedError
 
 from . import report
 from .guest.image import image

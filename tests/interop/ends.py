@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
 from tests.nic_host import RUN, NicHost, Space
 
 __all__ = ["End", "NicHost", "OwnEnd", "OwnProgram", "Program", "Space"]

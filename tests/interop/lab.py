@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
 
 from .ends import End, OwnEnd, Space
 from .guest.boot import Guest

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.agent.channel import ChannelClosed
-from testbed.hosts import Host
+from testbed.lab.hosts import Host
 
 SOURCE = Path(__file__).resolve().parents[2]
 ADDRESS = "10.77.0.9"

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from testbed import cleanup, state
+from testbed.cleanup import clean as cleanup
+from testbed.cleanup import state
 
 ROOT = Path(__file__).resolve().parents[2]
 

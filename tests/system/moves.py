@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from testbed.runner import Options, run
-from testbed.session import Session
-from testbed.summary import PHASES, Summary
-from testbed.topology import load
+from testbed.lab.session import Session
+from testbed.record.summary import PHASES, Summary
+from testbed.run.runner import Options, run
+from testbed.topology import load, resolve
 
 
 def topology(folder: Path, server: str, client: str, *migrations: str) -> Path:
@@ -35,7 +35,7 @@ def topology(folder: Path, server: str, client: str, *migrations: str) -> Path:
 
 def moved(path: Path, folder: Path, meanwhile: Callable[[Session], Any] | None = None) -> Summary:
     """Run a topology with its results below `folder`."""
-    return run(load(path).resolve(), Options(root=folder / "results", meanwhile=meanwhile))
+    return run(resolve(load(path)), Options(root=folder / "results", meanwhile=meanwhile))
 
 
 def ended_well(summary: Summary) -> None:

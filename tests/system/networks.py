@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from testbed.cleanup.state import RunState
 from testbed.network import Network
-from testbed.state import RunState
-from testbed.topology import parse
+from testbed.topology import parse, resolve
 
 RING = """
 name: ring
@@ -39,7 +39,7 @@ def running(text: str, folder: Path) -> Iterator[Network]:
     """A started network; afterwards nothing is left, whatever happened."""
     mark = os.environ.get("MIGROS_TESTBED_RUN")
     state = RunState.create(f"test-{secrets.token_hex(4)}")
-    network = Network(parse(text).resolve(), folder, state)
+    network = Network(resolve(parse(text)), folder, state)
     try:
         network.start()
         yield network

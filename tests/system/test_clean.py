@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed import cleanup, state
+from testbed.cleanup import clean as cleanup
+from testbed.cleanup import state
 
 ROOT = Path(__file__).parents[2]
 TOPOLOGY = """

@@ -21,8 +21,8 @@ from nic_pair import RUN, Host, finish, nics, pair, until
 
 from softroce_ext.uverbs.hw_counters import FRESHNESS, RXE_NAMES
 from softroce_ext.wire.opcodes import name_of
-from testbed.state import RunState
-from testbed.trace import connection, flights, read
+from testbed.cleanup.state import RunState
+from testbed.diagram.trace import connection, flights, read
 
 PORT_FOLDER = "/sys/class/infiniband/rxe0/ports/1"
 """Where a program reads it, on a machine with Linux rxe as here."""

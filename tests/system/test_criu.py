@@ -18,8 +18,8 @@ import programs
 import pytest
 from criu_lab import ADDRESS, NODES, Lab
 
+from testbed.base.errors import RunFailed
 from testbed.checkpoint import criu_binary
-from testbed.errors import RunFailed
 
 pytestmark = pytest.mark.system
 PYTHON = ["/usr/bin/python3", "-c"]

@@ -30,7 +30,7 @@ import pytest
 from hostile_device import COMMANDS, DEEDS, LIVES, TALLY_BYTES
 from nic_pair import Host, finish, nics, pair, until
 
-from softroce_ext.management import COMMANDS as COMMANDS_OF_CONTROL
+from softroce_ext.process.management import COMMANDS as COMMANDS_OF_CONTROL
 
 HERE = Path(__file__).parent
 SECONDS = float(os.environ.get("HOSTILE_SECONDS", "2.5"))

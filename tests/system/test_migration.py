@@ -19,10 +19,10 @@ import pytest
 from harness import Run
 from moves import ended_well, moved, succeeded, topology
 
+from testbed.base.errors import RunFailed
 from testbed.controller.client import ControllerClient
-from testbed.errors import RunFailed
-from testbed.session import Session
-from testbed.summary import Summary
+from testbed.lab.session import Session
+from testbed.record.summary import Summary
 
 pytestmark = pytest.mark.system
 

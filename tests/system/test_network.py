@@ -21,8 +21,8 @@ import paramiko
 import pytest
 from networks import PAIR, RING, running
 
-from testbed.errors import RunFailed
-from testbed.ip6 import companion
+from testbed.base.errors import RunFailed
+from testbed.base.ip6 import companion
 from testbed.network import Network, machine
 from testbed.network.machine import command
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from networks import PAIR, RING, running
 
-from testbed.cleanup import clean
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
+from testbed.cleanup.clean import clean
+from testbed.cleanup.state import BASE, read, start_time
 from testbed.network import nodes
 from testbed.network.machine import command
-from testbed.state import BASE, read, start_time
 
 
 def root_interfaces() -> set[str]:
@@ -81,7 +81,7 @@ def namespaces() -> set[str]:
 KILLED = """
 import pathlib, sys, time
 from testbed.network import Network
-from testbed.state import BASE, RunState, read, start_time
+from testbed.cleanup.state import BASE, RunState, read, start_time
 from testbed.topology import parse
 state = RunState.create(sys.argv[1])
 network = Network(parse(sys.argv[2]).resolve(), pathlib.Path(sys.argv[3]), state)

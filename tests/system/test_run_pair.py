@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from harness import Run, shipped, testbed
 
-from testbed.errors import Exit
+from testbed.base.errors import Exit
 
 pytestmark = pytest.mark.system
 

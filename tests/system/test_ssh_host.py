@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed.errors import EnvironmentProblem, RunFailed
-from testbed.hosts import Address, Host, connect_all
+from testbed.base.errors import EnvironmentProblem, RunFailed
+from testbed.lab.hosts import Address, Host, connect_all
 from testbed.network.ssh import configuration, make_keys
 
 pytestmark = pytest.mark.system

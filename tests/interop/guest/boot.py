@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
 
 from ..ends import End, Program, Space
 from .image import Image

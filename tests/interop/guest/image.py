@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
 
 STATE = Path("/var/lib/migros-testbed/interop")
 HERE = Path(__file__).parent

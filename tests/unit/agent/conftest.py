@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from local_agent import LocalTransport, agent_argv
 
-from testbed.hosts import Host
+from testbed.lab.hosts import Host
 
 
 @pytest.fixture

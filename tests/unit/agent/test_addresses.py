@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from testbed import ip6
 from testbed.agent import addresses
+from testbed.base import ip6
 
 
 @pytest.mark.parametrize("prefix", [8, 16, 24, 29])

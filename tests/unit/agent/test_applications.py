@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from testbed import apps as module
-from testbed.apps import Applications
-from testbed.errors import BadInput, RunFailed
-from testbed.results import RunFolder
-from testbed.topology import parse
+from testbed.base.errors import BadInput, RunFailed
+from testbed.lab import applications as module
+from testbed.lab.applications import Applications
+from testbed.record.folder import RunFolder
+from testbed.topology import parse, resolve
 
 TOPOLOGY = """
 name: t
@@ -67,7 +67,7 @@ class World:
     def __init__(self, folder: RunFolder, apps: str) -> None:
         self.journal: list[str] = []
         self.hosts = {name: PlayedHost(name, self.journal) for name in ("h1", "h2", "h3")}
-        topology = parse(TOPOLOGY.format(apps=apps), "t.yaml").resolve()
+        topology = resolve(parse(TOPOLOGY.format(apps=apps), "t.yaml"))
         self.apps = Applications(topology, self.hosts, folder)  # type: ignore[arg-type]
         for host in self.hosts.values():
             host.killed = partial(self._killed, host.name)

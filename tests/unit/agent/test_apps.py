@@ -15,9 +15,9 @@ import pytest
 from local_agent import LocalTransport, agent_argv
 
 from testbed.agent.processes import command_name, namespace_members
-from testbed.errors import BadInput
-from testbed.hosts import Host
-from testbed.state import start_time
+from testbed.base.errors import BadInput
+from testbed.cleanup.state import start_time
+from testbed.lab.hosts import Host
 
 pytestmark = pytest.mark.system  # a pid namespace needs CAP_SYS_ADMIN
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from local_agent import LocalTransport, agent_argv
 
-from testbed.errors import BadInput, EnvironmentProblem, RunFailed
-from testbed.hosts import Address, Host
+from testbed.base.errors import BadInput, EnvironmentProblem, RunFailed
+from testbed.lab.hosts import Address, Host
 
 Fixture = tuple[Host, LocalTransport, list[dict[str, Any]]]
 
@@ -105,9 +105,7 @@ def test_close_ends_the_agent(tmp_path: Path) -> None:
 def test_agent_imports_nothing_that_must_be_installed(tmp_path: Path) -> None:
     """Invariant: -S (no site-packages) and the source folder are enough for an agent."""
     source = str(Path(__file__).resolve().parents[3])
-    code = (
-        f"import sys; sys.path.insert(0, {source!r}); import testbed.agent.operations as o; o.load(); print(len(o.OPS))"
-    )
+    code = f"import sys; sys.path.insert(0, {source!r}); from testbed.agent.table import OPS; print(len(OPS))"
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd="/")
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) >= 10

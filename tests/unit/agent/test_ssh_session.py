@@ -8,8 +8,8 @@ from typing import Any
 import paramiko
 import pytest
 
-from testbed import hosts
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
+from testbed.lab import hosts
 
 
 class FakeClient:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.base.errors import EnvironmentProblem
 from testbed.checkpoint import install_criu
-from testbed.errors import EnvironmentProblem
 
 ROOT = Path(__file__).parents[3]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.base.errors import EnvironmentProblem
 from testbed.checkpoint import criu_binary
-from testbed.errors import EnvironmentProblem
 
 
 def fake(path: Path, version: str, check: int = 0, says: str = "Looks good.") -> Path:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from testbed.agent import move_source as source
 from testbed.agent.apps import App
 from testbed.agent.operations import OperationError
-from testbed.checkpoint import source
 from testbed.checkpoint.hooks import CriuFailed
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from testbed.checkpoint import transfer
-from testbed.checkpoint.transfer import Entry, Received, Receiver, Sender, TransferFailed, below
+from testbed.agent import transfer
+from testbed.agent.transfer import Entry, Received, Receiver, Sender, TransferFailed, below
 
 
 class Arrival(threading.Thread):

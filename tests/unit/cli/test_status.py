@@ -15,9 +15,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from testbed import nic_tables, nics, state
-from testbed.errors import BadInput, EnvironmentProblem
-from testbed.state import RunState
+from testbed.base.errors import BadInput, EnvironmentProblem
+from testbed.cleanup import state
+from testbed.cleanup.state import RunState
+from testbed.lab import nics
+from testbed.view import nic_tables
 
 QP = {
     "qpn": 65552, "handle": 5, "state": 3, "type": 2, "remote_qpn": 131088, "local_ip": "10.0.0.1",

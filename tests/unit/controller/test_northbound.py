@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6ND_NS, ICMPv6NDOptDstLLAddr, ICMPv6NDOptSrcLLAddr, IPv6
 from scapy.layers.l2 import Ether
 
+from testbed.base.errors import RunFailed
 from testbed.controller import datapath, northbound
 from testbed.controller.arp import ArpFrame, reply_to
 from testbed.controller.client import ControllerClient
 from testbed.controller.discovery import Solicitation, advertise
 from testbed.controller.routes import RouteError
-from testbed.errors import RunFailed
 
 
 def move(ip: str, to_host: str) -> dict[str, Any]:

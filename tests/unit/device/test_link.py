@@ -11,7 +11,7 @@ import pytest
 
 from softroce_ext.device.adapter import Adapter
 from softroce_ext.device.link import Link
-from softroce_ext.ethtool import link_speed
+from softroce_ext.port.ethtool import link_speed
 from softroce_ext.transport.engine import Engine
 from softroce_ext.uverbs import abi
 

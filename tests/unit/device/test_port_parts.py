@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from scapy.utils import RawPcapReader
 
-from softroce_ext.capture import Capture
-from softroce_ext.control import ControlClient, ControlError, ControlServer
-from softroce_ext.impairment import Impairment, ImpairmentSpec
+from softroce_ext.control import ControlClient, ControlError
+from softroce_ext.control.server import ControlServer
+from softroce_ext.port.capture import Capture
+from softroce_ext.port.impairment import Impairment, ImpairmentSpec
 
 
 class Clock:

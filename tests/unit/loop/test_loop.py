@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from softroce_ext.device.context import Context
-from softroce_ext.loop import FLUSHES, LAST_TURNS, Descriptors, Loop
-from softroce_ext.port import BATCH
+from softroce_ext.port.packet_socket import BATCH
+from softroce_ext.process.loop import FLUSHES, LAST_TURNS, Descriptors, Loop
 
 
 class Parts:

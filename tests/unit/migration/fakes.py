@@ -1,6 +1,6 @@
 """A world in which a migration can be tried without CRIU, NICs or a network: it only knows where the program is.
 
-The fake agents obey the operations' contract (`testbed.checkpoint.agent_ops`) and keep the truth: which host runs the
+The fake agents obey the operations' contract (`testbed.agent.moves`) and keep the truth: which host runs the
 program, which one holds a frozen copy, where its packets go. Any operation can fail, before or after its work.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from testbed.errors import RunFailed
+from testbed.base.errors import RunFailed
 from testbed.topology import ResolvedMigration
 
 SOURCE_PHASES = ("freeze", "stop", "dump_nic", "dump_process", "transfer")
@@ -47,7 +47,7 @@ class World:
 
 
 class FakeHost:
-    """An agent: see `testbed.hosts.Host`."""
+    """An agent: see `testbed.lab.hosts.Host`."""
 
     def __init__(self, name: str, world: World) -> None:
         self.name = name
@@ -183,7 +183,7 @@ class FakeController:
 
 
 class FakeApps:
-    """See `testbed.apps.Applications`."""
+    """See `testbed.lab.applications.Applications`."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -197,10 +197,10 @@ class FakeApps:
 
 
 def session(world: World) -> Any:
-    """What `migrate` needs of a testbed.session.Session."""
+    """What `migrate` needs of a testbed.lab.session.Session."""
 
     def event(name: str, /, *, at: float | None = None, **fields: Any) -> None:
-        from testbed import events
+        from testbed.record import events
 
         events.check(name, fields)
         world.events.append({"event": name, **fields})

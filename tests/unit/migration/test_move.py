@@ -10,7 +10,7 @@ import pytest
 from fakes import World, migration, session
 
 from testbed.migration import migrate, observe
-from testbed.summary import PHASES, Migration
+from testbed.record.summary import PHASES, Migration
 
 BEFORE = ["begin", "prepare", "prepare_move", "send", "receive", "move"]
 """Operations up to the point of no return, in their order."""

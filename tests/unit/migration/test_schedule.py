@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 import testbed.migration
-from testbed import migrations
-from testbed.apps import Applications
-from testbed.errors import RunFailed
-from testbed.migrations import Schedule, addresses_at_end
-from testbed.results import RunFolder
-from testbed.summary import Migration
-from testbed.topology import ResolvedMigration, ResolvedTopology, parse
+from testbed.base.errors import RunFailed
+from testbed.lab.applications import Applications
+from testbed.record.folder import RunFolder
+from testbed.record.summary import Migration
+from testbed.run import schedule as migrations
+from testbed.run.schedule import Schedule, addresses_at_end
+from testbed.topology import ResolvedMigration, ResolvedTopology, parse, resolve
 
 MIB = 1 << 20
 TOPOLOGY = """
@@ -42,7 +42,7 @@ def topology_with(*moves: str) -> ResolvedTopology:
     for move in moves:
         to, at, *address = move.split()
         entries.append(f"{{app: server, to: {to}, at: {at}, address: {(address or ['keep'])[0]}}}")
-    return parse(TOPOLOGY.format(migrations=", ".join(entries)), "t.yaml").resolve()
+    return resolve(parse(TOPOLOGY.format(migrations=", ".join(entries)), "t.yaml"))
 
 
 def record(migration: ResolvedMigration, *, ok: bool = True) -> Migration:

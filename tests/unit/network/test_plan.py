@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed import ip6
+from testbed.base import ip6
 from testbed.network import plan as planning
 from testbed.network.plan import Plan, plan
-from testbed.topology import ResolvedTopology, Topology
+from testbed.topology import ResolvedTopology, Topology, resolve
 
 PAIR = {
     "name": "pair",
@@ -28,7 +28,7 @@ PAIR = {
 
 
 def resolved(data: Mapping[str, object]) -> ResolvedTopology:
-    return Topology.model_validate(data).resolve()
+    return resolve(Topology.model_validate(data))
 
 
 @st.composite

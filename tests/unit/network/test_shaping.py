@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.errors import EnvironmentProblem
+from testbed.base.errors import EnvironmentProblem
+from testbed.cleanup.state import RunState
 from testbed.network import fixtures, machine, shaping, ssh
-from testbed.state import RunState
 
 
 def value(words: list[str], key: str) -> int:

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from testbed import runner, state
+from testbed.base.errors import RunFailed
+from testbed.cleanup import state
+from testbed.cleanup.state import RUN_VARIABLE, RunState
 from testbed.controller.process import ControllerProcess
-from testbed.errors import RunFailed
 from testbed.network import Network, machine, ssh
-from testbed.state import RUN_VARIABLE, RunState
+from testbed.run import runner
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def test_state_diagram_is_the_table() -> None:
 
 
 def test_every_control_command_is_documented() -> None:
-    from softroce_ext.management import COMMANDS
+    from softroce_ext.process.management import COMMANDS
 
     rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "nic-control.md").read_text(), re.MULTILINE)
     documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}

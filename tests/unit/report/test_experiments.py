@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-from testbed.results import load_summary
-from testbed.topology import parse
+from testbed.record.folder import load_summary
+from testbed.topology import parse, resolve
 
 ROOT = Path(__file__).parent.parent.parent.parent
 SUMMARY = Path(__file__).parent / "migrated.json"
@@ -44,7 +44,7 @@ def test_every_point_is_a_valid_topology(migration_latency: ModuleType, quick: b
     points = list(migration_latency.points(quick))
     assert len({(point.size, point.qps) for point in points}) == len(points) >= 3, "no point twice"
     for point in points:
-        resolved = parse(yaml.safe_dump(migration_latency.topology(point))).resolve()
+        resolved = resolve(parse(yaml.safe_dump(migration_latency.topology(point))))
         assert resolved.apps["server"].argv[0] == "ib_write_bw" and len(resolved.migrations) == 1
 
 
@@ -99,6 +99,6 @@ def test_overhead_runs_both_sides_first_in_turn(overhead: ModuleType, monkeypatc
 
 
 def test_stock_side_of_overhead_does_not_speak_migros(overhead: ModuleType) -> None:
-    resolved = parse(yaml.safe_dump(overhead.one_switch("overhead", overhead.HOSTS))).resolve()
+    resolved = resolve(parse(yaml.safe_dump(overhead.one_switch("overhead", overhead.HOSTS))))
     speaks = {name: host.nic.migros for name, host in resolved.hosts.items()}
     assert [speaks[name] for name in (*overhead.WITH, *overhead.WITHOUT)] == [True, True, False, False]

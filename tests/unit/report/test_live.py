@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from testbed.events import EVENTS, STAGES, check
-from testbed.live import LiveView, RunState, draw, line
-from testbed.summary import PHASES
+from testbed.record.events import EVENTS, STAGES, check
+from testbed.record.summary import PHASES
+from testbed.view.live import LiveView, RunState, draw, line
 
 STORY: list[dict[str, Any]] = [
     {"t": 0.0, "event": "run_started", "topology": "migrate_pair", "seed": 1},

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from testbed.measure import Unreadable, bandwidth, iperf3, latency, ping
+from testbed.measure.numbers import Unreadable, bandwidth, iperf3, latency, ping
 
 WRITE_BW = """
 ---------------------------------------------------------------------------------------

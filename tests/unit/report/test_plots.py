@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from testbed import plots
-from testbed.results import load_summary
-from testbed.stats import Estimate, estimate
-from testbed.summary import PHASES
+from testbed.record.folder import load_summary
+from testbed.record.stats import Estimate, estimate
+from testbed.record.summary import PHASES
+from testbed.view import plots
 
 SUMMARY = Path(__file__).parent / "migrated.json"
 SIZES = (64, 4096, 1 << 20)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from testbed.report import print_report
-from testbed.results import load_summary
-from testbed.stats import estimate
-from testbed.summary import Problem, RunReference, Summary
+from testbed.record.folder import load_summary
+from testbed.record.stats import estimate
+from testbed.record.summary import Problem, RunReference, Summary
+from testbed.view.report import print_report
 
 HERE = Path(__file__).parent
 

@@ -17,10 +17,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.captures import count_frames, found
-from testbed.results import RunFolder, load_summary, summarise_repeats
-from testbed.stats import estimate, over_runs, paired_ratio, significant
-from testbed.summary import PHASES, SCHEMA_FILE, Environment, Migration, Summary, summary_schema
+from testbed.record.folder import RunFolder, load_summary, summarise_repeats
+from testbed.record.stats import estimate, over_runs, paired_ratio, significant
+from testbed.record.summary import PHASES, SCHEMA_FILE, Environment, Migration, Summary, summary_schema
+from testbed.run.captures import count_frames, found
 
 FIXTURE = Path(__file__).parent / "migrated.json"
 
@@ -118,7 +118,7 @@ class TestFolder:
 
 class TestSchema:
     def test_published_schema_is_the_models(self) -> None:
-        """If this fails: `python -m testbed.summary` writes the file anew."""
+        """If this fails: `python -m testbed.record.summary` writes the file anew."""
         assert json.loads(SCHEMA_FILE.read_text()) == summary_schema()
 
     def test_stable_fields_are_there(self) -> None:

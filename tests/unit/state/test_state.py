@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from testbed import cleanup, state
-from testbed.errors import EnvironmentProblem
-from testbed.state import RUN_VARIABLE, RunState
+from testbed.base.errors import EnvironmentProblem
+from testbed.cleanup import clean as cleanup
+from testbed.cleanup import state
+from testbed.cleanup.state import RUN_VARIABLE, RunState
 
 R1, R2 = (f"r{number}-{uuid.uuid4().hex[:8]}" for number in (1, 2))
 """Names of runs. New each time, else a second pytest on this machine finds, and ends, the first one's processes."""
@@ -41,7 +42,7 @@ def written_by_a_dead_process(base: Path, run_id: str, body: str) -> state.Run:
     code = f"""
 import os, signal, subprocess, sys
 from pathlib import Path
-from testbed.state import RunState
+from testbed.cleanup.state import RunState
 state = RunState.create({run_id!r}, Path({str(base)!r}))
 {body}
 os.kill(os.getpid(), signal.SIGKILL)

@@ -14,8 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.errors import BadInput, Exit, TopologyError
-from testbed.topology import Topology, find, load, parse
+from testbed.base.errors import BadInput, Exit, TopologyError
+from testbed.topology import Topology, find, load, parse, resolve
 
 FOLDER = Path(__file__).parent / "errors"
 TOPOLOGIES = Path(__file__).parents[3] / "topologies"
@@ -98,7 +98,7 @@ def test_any_mistake_is_a_topology_error(changes: list[tuple[tuple[Any, ...], An
         assert all("\n" not in problem.message for problem in error.problems)
     else:
         assert isinstance(topology, Topology)
-        topology.resolve().to_plain()
+        resolve(topology).to_plain()
 
 
 @settings(max_examples=200, deadline=None)

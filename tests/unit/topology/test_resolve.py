@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.topology import load, parse
+from testbed.topology import load, parse, resolve
 from testbed.topology.resolved import checks_data, fill
 from testbed.topology.schema import SCHEMA_FILE, topology_schema
 
@@ -24,7 +24,7 @@ links: [[s1, h1], {ends: [h2, s1], bw: 25000, mtu: 1500, delay: 500us, loss: 0.5
 
 @pytest.mark.parametrize("file", TOPOLOGIES, ids=lambda path: path.stem)
 def test_shipped_topologies_are_fine(file: Path) -> None:
-    resolved = load(file).resolve()
+    resolved = resolve(load(file))
     assert resolved.name == file.stem
     plain = json.loads(json.dumps(resolved.to_plain()))
     assert list(plain["hosts"]) == list(resolved.hosts) and len(plain["links"]) == len(resolved.links)
@@ -38,7 +38,7 @@ def test_all_that_the_issue_names_is_shipped() -> None:
 
 def test_fabric_has_redundant_paths() -> None:
     """Invariant: with any one link between switches gone, every switch still reaches every other."""
-    resolved = load("fabric").resolve()
+    resolved = resolve(load("fabric"))
     trunks = [link for link in resolved.links if link.a in resolved.switches]
     for gone in trunks:
         seen, todo = {"s1"}, ["s1"]
@@ -55,7 +55,7 @@ def test_fabric_has_redundant_paths() -> None:
 
 
 def test_automatic_values() -> None:
-    resolved = parse(THREE).resolve()
+    resolved = resolve(parse(THREE))
     h1, h2, h3 = resolved.hosts.values()
     assert [host.ip for host in (h1, h2, h3)] == ["10.0.0.2", "10.0.0.1", "10.0.0.3"]  # 10.0.0.2 is taken
     assert [host.index for host in (h1, h2, h3)] == [1, 2, 3] == [host.number_base for host in (h1, h2, h3)]
@@ -71,14 +71,14 @@ def test_automatic_values() -> None:
 
 
 def test_payload_fits_the_tightest_link() -> None:
-    resolved = parse(THREE).resolve()
+    resolved = resolve(parse(THREE))
     assert resolved.hosts["h1"].nic.mtu == 1024  # 1500 − 80 carries 1024, not 2048
-    assert parse(THREE.replace("mtu: 1500", "mtu: 4176")).resolve().hosts["h1"].nic.mtu == 4096
-    assert parse(THREE.replace("mtu: 1500", "mtu: 4175")).resolve().hosts["h1"].nic.mtu == 2048
+    assert resolve(parse(THREE.replace("mtu: 1500", "mtu: 4176"))).hosts["h1"].nic.mtu == 4096
+    assert resolve(parse(THREE.replace("mtu: 1500", "mtu: 4175"))).hosts["h1"].nic.mtu == 2048
 
 
 def test_nic_options_and_links() -> None:
-    resolved = parse(THREE).resolve()
+    resolved = resolve(parse(THREE))
     nic = resolved.hosts["h3"].nic
     assert nic.impair == pytest.approx({"loss": 0.01, "delay": 0.002}) and nic.capture and nic.migros
     assert nic.trace and not resolved.hosts["h1"].nic.trace
@@ -90,7 +90,7 @@ def test_nic_options_and_links() -> None:
 
 
 def test_numbers_are_the_same_every_time() -> None:
-    assert parse(THREE).resolve() == parse(THREE).resolve()
+    assert resolve(parse(THREE)) == resolve(parse(THREE))
 
 
 APPS = """
@@ -106,7 +106,7 @@ migrations:
 
 
 def test_apps() -> None:
-    resolved = parse(THREE + APPS).resolve()
+    resolved = resolve(parse(THREE + APPS))
     server, client, own = resolved.apps.values()
     assert client.argv == ("ibv_rc_pingpong", "-g", "1", "10.0.0.1", "{x}", "10.0.0.3")
     assert (client.after, client.timeout, client.check) == (("server",), 120.0, "exit")
@@ -115,7 +115,7 @@ def test_apps() -> None:
 
 
 def test_migrations_know_where_the_app_is_by_then() -> None:
-    first, second, third = parse(THREE + APPS).resolve().migrations
+    first, second, third = resolve(parse(THREE + APPS)).migrations
     assert (first.source, first.to, first.at_seconds, first.at_bytes) == ("h2", "h3", 0.5, None)
     assert (first.ip_before, first.ip_after) == ("10.0.0.1", "10.0.0.3")
     assert (second.source, second.at_seconds, second.at_bytes) == ("h2", None, 64 << 20)

@@ -11,15 +11,15 @@ from scene import Scene, migrate
 from test_reader import record
 from typer.testing import CliRunner
 
-from softroce_ext.qp_trace import QpTrace
 from softroce_ext.simulation.hosts import BASE, Host, connect, end
 from softroce_ext.simulation.link import Link
 from softroce_ext.simulation.world import World
+from softroce_ext.trace.queue_pairs import QpTrace
 from softroce_ext.transport.verbs import WrOpcode
-from testbed.diagram import MAX_ARROWS, Layout, kind_of, label_of, layout
-from testbed.diagram_picture import draw
-from testbed.errors import BadInput
-from testbed.trace import Trace, read
+from testbed.base.errors import BadInput
+from testbed.diagram.layout import MAX_ARROWS, Layout, kind_of, label_of, layout
+from testbed.diagram.picture import draw
+from testbed.diagram.trace import Trace, read
 
 
 @pytest.fixture(scope="module")

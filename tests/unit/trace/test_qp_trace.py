@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from scene import Scene
 
-from softroce_ext.packet_fields import code_name, describe
-from softroce_ext.qp_trace import QpTrace
 from softroce_ext.simulation.hosts import BASE, Host, connect, end
 from softroce_ext.simulation.link import Link
 from softroce_ext.simulation.world import World
+from softroce_ext.trace.packets import code_name, describe
+from softroce_ext.trace.queue_pairs import QpTrace
 from softroce_ext.transport.engine import Engine
 from softroce_ext.transport.verbs import WrOpcode
 from softroce_ext.wire.opcodes import name_of

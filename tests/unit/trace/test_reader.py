@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from scene import Scene
 
-from softroce_ext.qp_trace import QpTrace
 from softroce_ext.simulation.link import Link
-from testbed.errors import BadInput
-from testbed.trace import connection, flights, read
+from softroce_ext.trace.queue_pairs import QpTrace
+from testbed.base.errors import BadInput
+from testbed.diagram.trace import connection, flights, read
 
 START = '{"t":1.0,"event":"start","version":1}\n'
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from uverbs_program import IP, Program, Upper
 
-from softroce_ext import nic as nic_module
 from softroce_ext.cm.manager import CommunicationManager
 from softroce_ext.cm.server import CmFiles
 from softroce_ext.device.errors import StateError
 from softroce_ext.device.link import Link
-from softroce_ext.management import Management
-from softroce_ext.nic import Nic
+from softroce_ext.process import nic as nic_module
+from softroce_ext.process.management import Management
+from softroce_ext.process.nic import Nic
 from softroce_ext.uverbs.sysfs import SysfsPicture
 
 

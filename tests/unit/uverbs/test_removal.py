@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from uverbs_program import Program, Upper
 
-from softroce_ext.nic import clear
+from softroce_ext.process.nic import clear
 from softroce_ext.uverbs import removal
 from softroce_ext.uverbs.removal import remove_tree
 

@@ -1,0 +1,241 @@
+"""The operations of the host that an application comes to. The order of all is in `agent_ops`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from testbed.agent import addresses, apps
+from testbed.agent.move_stages import NIC_IMAGE, NIC_SECONDS, blame, collect, keep_logs, phase, workspace
+from testbed.agent.nic import running_nic
+from testbed.agent.operations import OperationError, operation
+from testbed.agent.processes import inner_pid
+from testbed.agent.service import Agent
+from testbed.agent.transfer import Receiver
+from testbed.base import ip6
+from testbed.checkpoint import criu_binary, inventory, tree
+from testbed.checkpoint.restore import FIRST_IMAGE, Restore
+
+ACK_SECONDS = 3.0
+"""How long the program waits, frozen, for every partner to acknowledge its RESUME."""
+
+
+@dataclass
+class Incoming:
+    """A migration that comes to this host."""
+
+    migration: str
+    app: str
+    argv: list[str]
+    env: dict[str, str]
+    policy: int
+    folder: Path
+    receiver: Receiver
+    longest_gap: float | None = None
+    """Between two completions, before it left; seconds."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    restore: Restore | None = None
+    contexts: list[str] = field(default_factory=list)
+    """Contexts that the NIC has restored for it."""
+    address: str | None = None
+    """Address that was added for it."""
+    gid: str | None = None
+    """Address that was entered in the NIC's GID table for it."""
+    done: bool = False
+    """Taken over or aborted."""
+
+
+_INCOMING: dict[str, Incoming] = {}
+
+
+@operation("migrate_prepare")
+def migrate_prepare(
+    agent: Agent,
+    *,
+    migration: str,
+    app: str,
+    argv: list[str],
+    env: dict[str, str],
+    listen: str,
+    policy: int,
+    longest_gap: float | None = None,
+) -> dict[str, Any]:
+    """Get ready to take an application: a receiver on the own address `listen`, `criu restore` started and waiting.
+
+    Returns {port, token, criu}. `argv` and `env` are kept for `app_status` and a later migration only, `longest_gap`
+    (seconds, before it left) for what is told of its end; `policy` is the scheduling policy (sched(7)) that the program
+    gets back before it runs.
+    """
+    present = agent.apps.get(app)
+    if present is not None and present.ended is None:
+        raise OperationError(f"application {app!r} runs on this host already", blame="input")
+    if migration in _INCOMING:
+        raise OperationError(f"migration {migration!r} exists already", blame="input")
+    with blame():
+        criu = criu_binary.usable()
+        if agent.nic is not None:
+            running_nic(agent).command("status", {}, NIC_SECONDS)
+        folder = workspace(agent, migration, "in")
+        move = Incoming(migration, app, argv, env, policy, folder, Receiver(listen), longest_gap)
+        _INCOMING[migration] = move
+        agent.at_end(lambda: _abort(agent, move))
+        try:
+            directory = apps.app_directory(agent, app)
+            shutil.rmtree(directory, ignore_errors=True)  # of an earlier stay; the log comes with the application
+            directory.mkdir(parents=True)
+            move.restore = Restore(list(criu.command), move.folder / "images", move.folder / "work")
+        except BaseException:
+            _abort(agent, move)
+            raise
+    return {
+        "port": move.receiver.port,
+        "token": move.receiver.token,
+        "criu": ".".join(map(str, criu.version)),
+    }
+
+
+@operation("migrate_receive")
+def migrate_receive(
+    agent: Agent,
+    *,
+    migration: str,
+    addresses_moved: dict[str, str],
+    add_address: str | None = None,
+    prefix: int = 16,
+) -> dict[str, Any]:
+    """Take what the source sends and restore NIC objects, address and process; the process stands still.
+
+    `addresses_moved`: {address of the queue pairs at the source: address here}; equal for one that moves along.
+    `add_address`: address to be added to the data interface. Returns {"contexts": […]}.
+    """
+    move = _incoming(migration)
+    with move.lock, blame():
+        restore = move.restore
+        if restore is None or move.done:
+            raise OperationError(f"migration {migration!r} was aborted")
+        images = move.folder / "images"
+        first = f"images/{FIRST_IMAGE}"
+        failed: list[OperationError] = []
+        adding = threading.Thread(target=_add_address, args=(agent, move, add_address, prefix, failed))
+        try:
+            received = move.receiver.receive(
+                {"images": images, "app": apps.app_directory(agent, move.app), "nic": move.folder},
+                keep=(first,),
+                begun=adding.start,
+            )
+        finally:
+            if adding.ident is not None:
+                adding.join()
+        if failed:
+            raise failed[0]
+        if first not in received.kept:
+            raise OperationError(f"the source sent no {FIRST_IMAGE}")
+        with phase(agent, migration, "restore_nic"):
+            if add_address is not None and agent.nic is not None:
+                running_nic(agent).command("address_add", {"ip": add_address}, NIC_SECONDS)
+                move.gid = add_address
+                running_nic(agent).command("address_add", {"ip": ip6.companion(add_address)}, NIC_SECONDS)
+            nic_image = move.folder / NIC_IMAGE.partition("/")[2]
+            if nic_image.exists():
+                answer = running_nic(agent).command(
+                    "restore", {"file": str(nic_image), "addresses": addresses_moved}, NIC_SECONDS
+                )
+                move.contexts = [str(context["id"]) for context in answer["contexts"]]
+        with phase(agent, migration, "restore_process"):
+            restore.begin(inventory.nothing_locked(received.kept[first]))
+            restore.wait_restored()
+    return {"contexts": move.contexts}
+
+
+def _add_address(agent: Agent, move: Incoming, address: str | None, prefix: int, failed: list[OperationError]) -> None:
+    """Add the moving address while the images come in: the program is frozen by now, so nobody here uses it yet."""
+    if address is None:
+        return
+    move.address = address
+    try:
+        addresses.address_add(agent, ip=address, prefix=prefix)
+    except OperationError as error:
+        failed.append(error)
+
+
+@operation("migrate_resume")
+def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str, Any]:
+    """Join the restored process with its NIC objects, tell every partner by RESUME from `source_ip`, let it run.
+
+    Once the NIC was told to resume (event `migration_resumed`) there is no way back, so the program then runs here
+    whatever else fails. Returns {"init", "resume", "problem"}: its new init, what the NIC said of the RESUMEs, and what
+    went wrong after the point of no return, or None.
+    """
+    move = _incoming(migration)
+    with move.lock, blame():
+        restore = move.restore
+        if restore is None or move.done:
+            raise OperationError(f"migration {migration!r} was aborted")
+        init = restore.root_pid
+        answer: dict[str, Any] = {}
+        problems: list[str] = []
+        with phase(agent, migration, "resume"):
+            nic = running_nic(agent) if move.contexts else None
+            if nic is not None:
+                pids = {str(inner_pid(pid)): pid for pid in tree.members(init)}
+                nic.command("attach", {"contexts": move.contexts, "pids": pids}, NIC_SECONDS)
+            agent.event("migration_resumed", migration=migration)
+            move.done = True
+            apps.adopt(
+                agent, name=move.app, init=init, argv=move.argv, env=move.env,
+                uses_nic=bool(move.contexts), longest_gap=move.longest_gap,
+            )  # fmt: skip
+            if nic is not None:
+                # Past `timeout` the RESUMEs go on, but a partner that is silent must not keep the program frozen.
+                request = {"contexts": move.contexts, "source_ip": source_ip, "wait": True, "timeout": ACK_SECONDS}
+                with collect(problems):
+                    answer = nic.command("resume", request, NIC_SECONDS)
+        with phase(agent, migration, "thaw"), collect(problems):
+            restore.release()
+            tree.change_policy(init, os.SCHED_OTHER, move.policy)
+        shutil.rmtree(move.folder, ignore_errors=True)
+    return {"init": init, "resume": answer, "problem": "; ".join(problems) or None}
+
+
+@operation("migrate_abort")
+def migrate_abort(agent: Agent, *, migration: str) -> dict[str, Any]:
+    """Remove whatever there is of an incoming migration. Returns {"aborted": bool}: False if there was none."""
+    move = _INCOMING.get(migration)
+    if move is None:
+        return {"aborted": False}
+    move.receiver.close()  # a receive that waits ends, and gives the lock back
+    with move.lock:
+        _abort(agent, move)
+    return {"aborted": True}
+
+
+def _abort(agent: Agent, move: Incoming) -> None:
+    if move.done:
+        return
+    move.done = True
+    move.receiver.close()
+    if move.restore is not None:
+        move.restore.abort()
+    if move.contexts:
+        with contextlib.suppress(OperationError):  # a NIC that has died has forgotten them too
+            running_nic(agent).command("discard", {"contexts": move.contexts}, NIC_SECONDS)
+    if move.gid is not None:
+        for address in ip6.both(move.gid):
+            with contextlib.suppress(OperationError):
+                running_nic(agent).command("address_remove", {"ip": address}, NIC_SECONDS)
+    if move.address is not None:
+        with contextlib.suppress(OperationError):
+            addresses.address_del(agent, ip=move.address)
+    keep_logs(agent, move.folder)
+
+
+def _incoming(migration: str) -> Incoming:
+    try:
+        return _INCOMING[migration]
+    except KeyError:
+        raise OperationError(f"no migration {migration!r} comes to this host") from None

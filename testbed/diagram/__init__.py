@@ -1,0 +1,7 @@
+"""Sequence diagrams of what queue pairs did, from their traces.
+
+What lives here: the reader of trace files (`trace`), the layout of a diagram (`layout`) with its broken time axis
+(`axis`), and the picture drawn from it (`picture`).
+
+May import: `testbed.base`, `testbed.view`.
+"""
