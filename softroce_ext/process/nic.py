@@ -132,7 +132,7 @@ class Nic:
             counters[name] = getattr(port, name)
         if port.impairment is not None:
             for name in ("lost", "duplicated", "reordered", "corrupted"):
-                counters[f"impairment_{name}"] = getattr(port.impairment, name)
+                counters[f"impairment_{name}"] = getattr(port.impairment.faults, name)
         return counters
 
     # -- traces ----------------------------------------------------------------------------------------------------

@@ -4,5 +4,5 @@
 schedule from a seed; `python -m softroce_ext.simulation` runs many. The code under test is `softroce_ext.transport`, as
 in the NIC. Nothing here opens a socket or reads a clock (only the command measures its own speed).
 
-May import: `softroce_ext.transport`, `softroce_ext.wire`.
+May import: `softroce_ext.transport`, `softroce_ext.wire`, `softroce_ext.port`.
 """

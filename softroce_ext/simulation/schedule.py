@@ -1,7 +1,8 @@
 """One random schedule from a seed, and the invariants that it must keep.
 
-A schedule is one or more connections over a link that loses, delays, reorders, doubles and spoils frames; requests and
-receives that are posted at random times; and, for RC, a migration of an end, or one that is rolled back. Invariants:
+A schedule is one or more connections over a link that loses, delays, reorders, duplicates and corrupts frames;
+requests and receives that are posted at random times; and, for RC, a migration of an end, or one that is rolled back.
+Invariants:
 
 1. RC: each request takes effect exactly once and in order; a receive gets the next message, whole and intact.
 2. No completion before its data: when a receive, READ or atomic completes, its bytes are in memory; when a WRITE or
@@ -9,7 +10,7 @@ receives that are posted at random times; and, for RC, a migration of an end, or
 3. Atomics are done exactly once: each returns what the one before it left.
 4. No byte outside the ranges that the requests name is ever written, here or there.
 5. UC and UD: a message is delivered whole and intact or not at all. UC keeps the order where the link does; a link that
-   doubles or reorders frames may make it deliver a message twice or late, as the specification allows.
+   duplicates or reorders frames may make it deliver a message twice or late, as the specification allows.
 6. An error completion only where the retry count can be exhausted, and nothing succeeds after it.
 7. Everything ends, within a bound of virtual time.
 """
@@ -90,11 +91,11 @@ class Schedule:
             duplicate=draw.choice(levels),
             corrupt=draw.choice((0.0, 0.0, 0.02, 0.1)),
             spacing=draw.choice((0.0, 2e-6)),
-            bandwidth=draw.choice((0.0, 1e9, 1e10)),
+            rate=draw.choice((0.0, 1e9, 1e10)),
             jitter=draw.choice((0.0, 0.0, 20e-6)),
             log=[] if trace else None,
         )
-        self.orderly = not (self.link.reorder or self.link.duplicate or self.link.jitter)
+        self.orderly = self.link.keeps_order
         self.finite = self.kind == QpType.RC and draw.random() < 0.1
         """Retry counts have an end: errors are allowed."""
         migrate = draw.random() < 0.3 if self.plan.migrate is None else self.plan.migrate

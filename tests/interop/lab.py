@@ -20,7 +20,7 @@ from .ends import End, OwnEnd, Space
 from .guest.boot import Guest
 from .guest.image import Image
 
-RELAY = Path(__file__).with_name("relay.py")
+ROOT = Path(__file__).parents[2]
 MTUS = {1024: 1500, 4096: 9000}
 """Path MTU -> MTU of the interface that gives it."""
 _MEET_SECONDS = 30.0
@@ -31,7 +31,7 @@ class Cable:
 
     def __init__(self, space: Space) -> None:
         self._process = subprocess.Popen(
-            space.enter(sys.executable, str(RELAY), "left", "right"),
+            space.enter(sys.executable, "-m", "tests.interop.relay", "left", "right"), cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._process.stdout is not None
@@ -45,8 +45,8 @@ class Cable:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def spoil(self, **link: float) -> None:
-        """Set both directions: loss, reorder, duplicate (probabilities) and seed; nothing: clean. Counts begin anew."""
+    def impair(self, **link: float) -> None:
+        """Set both directions: loss, reorder, duplicate (probabilities) and seed; nothing: clean. Counts restart."""
         self._ask(link=link)
 
     def counts(self) -> list[dict[str, int]]:

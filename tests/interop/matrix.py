@@ -78,7 +78,7 @@ class Result:
     outputs: tuple[str, str] = ("", "")
     """Server's and client's, of a failure."""
     frames: int = 0
-    spoilt: int = 0
+    impaired: int = 0
     """RoCE frames that passed, and how many of them were lost, moved or doubled."""
     renumbered: int = 0
     """Requests of rxe that went by other requests' PSNs."""
@@ -154,7 +154,7 @@ def run(lab: Lab, case: Case, seed: int) -> Result:
         # Programs that talk over TCP first do so over IPv4: what counts is the GID.
         "ip": server.ip(case.family if case.row.cm or case.row.steady else 4),
     }  # fmt: skip
-    lab.cable.spoil(**LINKS[case.link], seed=seed)
+    lab.cable.impair(**LINKS[case.link], seed=seed)
     begin = time.monotonic()
     try:
         gids = [end.gid_index(case.family) for end in (server, client)]

@@ -1,28 +1,30 @@
-"""The link between two ends: passes frames between two interfaces, spoils RoCE frames by seed, counts, and captures.
+"""The link between two ends: passes frames between two interfaces, impairs RoCE frames by seed, counts, and captures.
 
-Runs as a process of its own inside the lab's namespace (`python relay.py A B`, standard library only) and takes JSON
-lines on standard input, each answered by one line: {"link": {"loss": p, "reorder": p, "duplicate": p, "seed": n}} sets
-both directions, {"capture": path or null} begins or ends a pcap of RoCE frames as they arrive, {"counts": true} asks.
-Only RoCEv2 frames (UDP port 4791) are spoilt: what TCP does about losses is not our matter.
+Runs as a process of its own inside the lab's namespace (`python -m tests.interop.relay A B`) and takes JSON lines on
+standard input, each answered by one line: {"link": {"loss": p, "reorder": p, "duplicate": p, "seed": n}} sets both
+directions, {"capture": path or null} begins or ends a pcap of RoCE frames as they arrive, {"counts": true} asks. The
+faults are those of `softroce_ext.port.impairment`. Only RoCEv2 frames (UDP port 4791) are impaired: what TCP does about
+losses is not what is tested.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import select
 import socket
 import struct
 import sys
 import time
 
+from softroce_ext.port.impairment import Faults, Impairment, ImpairmentSpec
+
 ETH_P_ALL = 3
 SO_RCVBUFFORCE = 33
 SOL_PACKET = 263
 PACKET_IGNORE_OUTGOING = 23
-HELD_SECONDS = 0.004
-"""A frame held back for reordering goes out after the next two frames, or after this time."""
+REORDERED = {"hold": 0.004, "hold_frames": 2}
+"""A frame that is held back for reordering goes out after the next two frames, or after this time (seconds)."""
 Link = dict[str, float]
 
 
@@ -49,54 +51,59 @@ REQUESTS = frozenset((*range(13), 19, 20, 22, 23))
 
 
 class Direction:
-    """One way over the link."""
+    """One direction of the link."""
 
     def __init__(self, into: socket.socket) -> None:
         self._into = into
-        self.counts = dict.fromkeys(("frames", "roce", "lost", "reordered", "duplicated", "unsent", "renumbered"), 0)
-        """renumbered: RC requests whose PSN was another request's (other opcode or length) before: no NIC may do that,
-        but rxe 6.1 does."""
-        self.held: list[tuple[float, int, bytes]] = []
-        """(send not later than, frames still to pass first, frame)."""
         self.set({})
 
     def set(self, link: Link, salt: int = 0) -> None:
-        """Begin anew with these probabilities and this seed."""
-        self._loss, self._reorder = link.get("loss", 0.0), link.get("reorder", 0.0)
-        self._duplicate = link.get("duplicate", 0.0)
-        self._dice = random.Random(link.get("seed", 0) * 2 + salt)
-        self._clean = not (self._loss or self._reorder or self._duplicate)
+        """Start again with these probabilities and this seed; what was held back is dropped."""
+        values = {name: link[name] for name in ("loss", "reorder", "duplicate") if name in link}
+        spec = ImpairmentSpec(**values, **REORDERED)  # type: ignore[arg-type]
+        self._impairment = Impairment(spec, int(link.get("seed", 0)) * 2 + salt) if any(values.values()) else None
         self._sent: dict[bytes, tuple[int, int]] = {}
-        self.counts = dict.fromkeys(self.counts, 0)
+        self._frames = self._roce = self._unsent = self._renumbered = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Frames by what became of them.
+
+        renumbered: RC requests whose PSN was another request's (other opcode or length) before: no NIC may do that, but
+        rxe 6.1 does.
+        """
+        faults = self._impairment.faults if self._impairment is not None else Faults()
+        return {
+            "frames": self._frames,
+            "roce": self._roce,
+            "lost": faults.lost,
+            "reordered": faults.reordered,
+            "duplicated": faults.duplicated,
+            "unsent": self._unsent,
+            "renumbered": self._renumbered,
+        }
+
+    @property
+    def holds(self) -> bool:
+        """Whether frames wait to be delivered."""
+        return self._impairment is not None and self._impairment.next_time() is not None
 
     def _send(self, frame: bytes) -> None:
         try:
             self._into.send(frame)
         except OSError:
-            self.counts["unsent"] += 1
+            self._unsent += 1
 
-    def take(self, frame: bytes, roce: bool, now: float) -> None:
-        """One frame that came in."""
-        self.counts["frames"] += 1
-        self.counts["roce"] += roce
-        if self._clean or not roce:
+    def take(self, frame: bytes, roce: bool) -> None:
+        """Pass one frame that came in."""
+        self._frames += 1
+        self._roce += roce
+        if self._impairment is None or not roce:
             self._send(frame)
             return
         self._watch(frame)
-        loss, reorder, duplicate = (self._dice.random() for _ in range(3))
-        if loss < self._loss:
-            self.counts["lost"] += 1
-        elif reorder < self._reorder:
-            self.counts["reordered"] += 1
-            self.held.append((now + HELD_SECONDS, 2, frame))
-            return
-        else:
-            self._send(frame)
-            if duplicate < self._duplicate:
-                self.counts["duplicated"] += 1
-                self._send(frame)
-        self.held = [(end, left - 1, late) for end, left, late in self.held]
-        self.release(now)
+        self._impairment.take(frame)
+        self.release()
 
     def _watch(self, frame: bytes) -> None:
         """Count a request that goes by the PSN of another one."""
@@ -104,17 +111,17 @@ class Direction:
         if frame[at] in REQUESTS:
             what = frame[at], len(frame)
             key = frame[at + 5 : at + 8] + frame[at + 9 : at + 12]  # destination QPN, PSN
-            self.counts["renumbered"] += self._sent.setdefault(key, what) != what
+            self._renumbered += self._sent.setdefault(key, what) != what
 
-    def release(self, now: float) -> None:
-        """Send what has been held back for long enough."""
-        for entry in [entry for entry in self.held if entry[1] <= 0 or entry[0] <= now]:
-            self.held.remove(entry)
-            self._send(entry[2])
+    def release(self) -> None:
+        """Send the frames that have arrived by now."""
+        if self._impairment is not None:
+            for frame in self._impairment.due():
+                self._send(frame)
 
 
 class Relay:
-    """Both directions, and who controls them."""
+    """Both directions, and the commands that control them."""
 
     def __init__(self, first: str, second: str) -> None:
         a, b = port(first), port(second)
@@ -135,7 +142,7 @@ class Relay:
                 os.write(self._capture, struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 1))
         return {"counts": [way.counts for way in self._ways.values()]}
 
-    def _pass(self, source: socket.socket, now: float) -> None:
+    def _pass(self, source: socket.socket) -> None:
         way = self._ways[source]
         for _ in range(64):
             try:
@@ -149,19 +156,18 @@ class Relay:
                 stamp = time.time()
                 head = struct.pack("<IIII", int(stamp), int(stamp % 1 * 1e6), len(frame), len(frame))
                 os.write(self._capture, head + frame)
-            way.take(frame, roce, now)
+            way.take(frame, roce)
 
     def run(self) -> None:
         """Until standard input ends."""
         print(json.dumps({"ready": True}), flush=True)
         sources: list[object] = [0, *self._ways]
         while True:
-            held = any(way.held for way in self._ways.values())
+            held = any(way.holds for way in self._ways.values())
             ready, _, _ = select.select(sources, [], [], 0.001 if held else None)
-            now = time.monotonic()
             for source in ready:
                 if isinstance(source, socket.socket):
-                    self._pass(source, now)
+                    self._pass(source)
                     continue
                 piece = os.read(0, 65536)
                 if not piece:
@@ -171,7 +177,7 @@ class Relay:
                     print(json.dumps(self._command(json.loads(line))), flush=True)
             if held:
                 for way in self._ways.values():
-                    way.release(now)
+                    way.release()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def record(result: Result) -> dict[str, Any]:
     return {
         "program": case.row.name, "transport": case.row.transport, "size": case.size, "mtu": case.mtu,
         "family": case.family, "direction": case.direction, "link": case.link, "ok": result.ok,
-        "seconds": round(result.seconds, 3), "frames": result.frames, "spoilt": result.spoilt,
+        "seconds": round(result.seconds, 3), "frames": result.frames, "impaired": result.impaired,
         "reason": result.reason, "first_try": result.before,
         "known": KNOWN.get((case.row.name, case.direction, case.family), ""), "server_output": result.outputs[0],
         "client_output": result.outputs[1],
@@ -29,10 +29,10 @@ def record(result: Result) -> dict[str, Any]:
 def line(console: Console, number: int, total: int, entry: dict[str, Any]) -> None:
     """One case."""
     mark = "[green]ok[/]    " if entry["ok"] else "[red]failed[/]"
-    spoilt = f"{entry['spoilt']}/{entry['frames']}" if entry["link"] != "clean" else str(entry["frames"])
+    impaired = f"{entry['impaired']}/{entry['frames']}" if entry["link"] != "clean" else str(entry["frames"])
     console.print(
         f"{number:4}/{total} {mark} {entry['program']:32} {entry['size']:6} {entry['mtu']:5} IPv{entry['family']} "
-        f"{entry['direction']:9} {entry['link']:9} {entry['seconds']:5.1f} s {spoilt:>9} frames",
+        f"{entry['direction']:9} {entry['link']:9} {entry['seconds']:5.1f} s {impaired:>9} frames",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     if not entry["ok"]:

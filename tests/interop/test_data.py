@@ -134,7 +134,7 @@ class Stage:
         """The lines of both roles. Fails if either does."""
         a, b, b2 = self._players
         players = {"rxe>rxe": (b, b2), "ours>rxe": (a, b), "rxe>ours": (b, a), "ours>ours": (a, b)}[pair]
-        self.lab.cable.spoil(**link or {})
+        self.lab.cable.impair(**link or {})
         self._port += 1
         for player, other, active in zip(players, reversed(players), (True, False), strict=True):
             player.order(
@@ -214,12 +214,12 @@ def test_scenario(scenario: str, pair: str, with_rxe: Stage, by_ourselves: Stage
 def test_scenario_on_a_bad_link(scenario: str, pair: str, link: str, with_rxe: Stage, by_ourselves: Stage) -> None:
     """Losses, changes of order and duplicates change nothing that a program can see."""
     stage = by_ourselves if pair == "ours>ours" else with_rxe
-    spoilt = 0
+    impaired = 0
     for seed in range(8):
         compare(
             scenario, pair, with_rxe.reference(scenario), stage.play(scenario, pair, {**SPOILT[link], "seed": seed})
         )
-        spoilt += sum(way[what] for way in stage.lab.cable.counts() for what in ("lost", "reordered", "duplicated"))
-        if spoilt >= 3:
+        impaired += sum(way[what] for way in stage.lab.cable.counts() for what in ("lost", "reordered", "duplicated"))
+        if impaired >= 3:
             return
-    assert spoilt, "the link was not bad"
+    assert impaired, "the link was not bad"

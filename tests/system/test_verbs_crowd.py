@@ -174,7 +174,7 @@ def test_atomics_are_exact_over_a_bad_link(link: dict[str, float]) -> None:
     with lab(None) as place:
         place.prepare(1024)
         place.meet()
-        place.cable.spoil(**link, seed=7)
+        place.cable.impair(**link, seed=7)
         server = place.b.start("/usr/bin/python3", TRAFFIC, "adder", "4")
         client = place.a.start("/usr/bin/python3", TRAFFIC, "adder", "4", place.b.ip4)
         (code, output), (other, told) = client.finish(60), server.finish(60)
@@ -188,5 +188,5 @@ def test_atomics_are_exact_over_a_bad_link(link: dict[str, float]) -> None:
                 code, output = program.finish(90)
                 assert code == 0, output
         counts = place.cable.counts()
-        spoilt = ("lost", "duplicated", "reordered")
-        assert all(sum(way[name] for name in spoilt) > 10 for way in counts), counts
+        impaired = ("lost", "duplicated", "reordered")
+        assert all(sum(way[name] for name in impaired) > 10 for way in counts), counts

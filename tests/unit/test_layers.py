@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "softroce_ext.trace": ("softroce_ext.transport", "softroce_ext.wire"),
     "softroce_ext.control": (),
     "softroce_ext.native": (),
-    "softroce_ext.simulation": ("softroce_ext.transport", "softroce_ext.wire"),
+    "softroce_ext.simulation": ("softroce_ext.transport", "softroce_ext.wire", "softroce_ext.port"),
     "softroce_ext.process": (
         "softroce_ext.wire", "softroce_ext.transport", "softroce_ext.device", "softroce_ext.uverbs",
         "softroce_ext.cm", "softroce_ext.port", "softroce_ext.trace", "softroce_ext.control",
