@@ -82,9 +82,9 @@ KILLED = """
 import pathlib, sys, time
 from testbed.network import Network
 from testbed.cleanup.state import BASE, RunState, read, start_time
-from testbed.topology import parse
+from testbed.topology import parse, resolve
 state = RunState.create(sys.argv[1])
-network = Network(parse(sys.argv[2]).resolve(), pathlib.Path(sys.argv[3]), state)
+network = Network(resolve(parse(sys.argv[2])), pathlib.Path(sys.argv[3]), state)
 network.start()
 print(network.plan.tag, flush=True)
 time.sleep(1000)
