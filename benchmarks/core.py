@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "simulation"), str(Path(__file__).parents[1])]
-
-# ruff: noqa: E402 — the simulated world lives beside the tests that use it
 from softroce_ext.simulation.hosts import BASE, End, Host, connect, end
 from softroce_ext.transport.verbs import WrOpcode
 from softroce_ext.wire.frame import MAX_FRAME, Buffer, build

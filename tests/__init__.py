@@ -1,1 +1,1 @@
-"""Tests; a package so that `python -m tests.interop` finds it."""
+"""The tests, as a package: every import between their files is absolute, from `tests`."""

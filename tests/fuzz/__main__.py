@@ -1,4 +1,4 @@
-"""Long runs: `python tests/fuzz [--minutes N | --rounds N] [--seed S] [TARGET…]`.
+"""Long runs: `python -m tests.fuzz [--minutes N | --rounds N] [--seed S] [TARGET…]`.
 
 Every target gets the same share. The corpus is replayed first. Without options: CI's budget. Exit code 1 when an
 invariant was violated; each failure names the seed that repeats it (`--seed S --rounds 1 TARGET`) and is shown as a
@@ -10,16 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-import conftest  # noqa: F401 - makes the shared modules importable
-from fuzz_common import HEADING, Tally, corpus, run_rounds
-from targets import TARGETS
+from tests.fuzz.targets import TARGETS
+from tests.support.fuzz.rounds import HEADING, Tally, corpus, run_rounds
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; default: all")
     parser.add_argument("--minutes", type=float, help="for all targets together")
     parser.add_argument("--rounds", type=int, help="rounds of each target (a round is some hundred cases)")

@@ -13,8 +13,6 @@ import random
 import struct
 from typing import Any
 
-from fuzz_common import Tally, Violation
-
 from softroce_ext.cm import messages as m
 from softroce_ext.cm import ucma
 from softroce_ext.cm.ids import Endpoint, EventQueue, IdState
@@ -27,6 +25,7 @@ from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import MAX_FRAME, build
 from softroce_ext.wire.frame import Path as WirePath
 from softroce_ext.wire.headers import BTH_DETH, GSI_QKEY, GSI_QPN
+from tests.support.fuzz.rounds import Tally, Violation
 
 STEPS = 250
 HERE, PEER, STRANGER = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2]), bytes([10, 0, 0, 66])

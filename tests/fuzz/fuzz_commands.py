@@ -22,22 +22,18 @@ import resource
 import shutil
 import socket
 import struct
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "uverbs"))
-
-from fuzz_common import Tally, Violation
-from uverbs_program import Program, Upper
-
 from softroce_ext.device.queue_pair import Destination
 from softroce_ext.uverbs.abi import EXTENDED, SIZES, Command
 from softroce_ext.uverbs.channel import LAYOUT_VERSION
 from softroce_ext.uverbs.server import MAGIC
+from tests.support.fuzz.rounds import Tally, Violation
+from tests.support.nic.uverbs_program import Program, Upper
 
 COMMANDS_A_ROUND = 120
 EDGES = (0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 4095, 32767, 32768, 65535, 65536, 1 << 20, (1 << 20) + 1,

@@ -15,15 +15,7 @@ from __future__ import annotations
 
 import random
 import struct
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "simulation"))
-
-import rxe_captures
-from fuzz_common import Tally, Violation
-from queue_pairs import queue_pairs
 
 from softroce_ext.simulation.hosts import ALL_ACCESS, BASE, ByteSink, Cq, Events, Pd, Ram, Region, WorkQueue
 from softroce_ext.transport.context import QpContext
@@ -36,6 +28,9 @@ from softroce_ext.transport.verbs import QpState, QpType
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import MAX_FRAME, build, parse
 from softroce_ext.wire.frame import Path as WirePath
+from tests.fuzz.queue_pairs import queue_pairs
+from tests.support.fuzz.rounds import Tally, Violation
+from tests.support.transport import rxe_captures
 
 MEMORY = 1 << 16
 OPEN, READ_ONLY, CLOSED = (BASE + 4096, 16384), (BASE + 24576, 8192), (BASE + 40960, 8192)

@@ -19,16 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fuzz_commands import descriptors, upper
-from fuzz_common import Tally, Violation
-from fuzz_rings import Loop
-from scribbler import Peer, install_guard
-from uverbs_program import Program, Upper
-
 from softroce_ext.device import checkpoint, image
 from softroce_ext.device.errors import ImageError
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import FileChannel
+from tests.fuzz.fuzz_commands import descriptors, upper
+from tests.fuzz.fuzz_rings import Loop
+from tests.support.fuzz.rounds import Tally, Violation
+from tests.support.fuzz.scribbler import Peer, install_guard
+from tests.support.nic.uverbs_program import Program, Upper
 
 MUTATIONS = 25
 VALUES: tuple[Any, ...] = (

@@ -23,11 +23,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from fuzz_commands import Attack, descriptors, upper
-from fuzz_common import Tally, Violation
-from scribbler import CONSUMER, PAGE, PRODUCER, Peer, Scribbler, install_guard
-from uverbs_program import Upper
-
 from softroce_ext.device.queue_pair import QueuePair
 from softroce_ext.process.loop import LOOPBACK_FULL
 from softroce_ext.simulation.hosts import ByteSink
@@ -35,6 +30,10 @@ from softroce_ext.transport.engine import Engine
 from softroce_ext.uverbs import rings
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import AT_DIRTY, CONTROL_BYTES
+from tests.fuzz.fuzz_commands import Attack, descriptors, upper
+from tests.support.fuzz.rounds import Tally, Violation
+from tests.support.fuzz.scribbler import CONSUMER, PAGE, PRODUCER, Peer, Scribbler, install_guard
+from tests.support.nic.uverbs_program import Upper
 
 STEPS = 40
 ROUND_LIMIT = 2.0

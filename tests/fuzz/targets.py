@@ -6,12 +6,8 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-import fuzz_cm
-import fuzz_commands
-import fuzz_frames
-import fuzz_images
-import fuzz_rings
-from fuzz_common import Replay, Tally
+from tests.fuzz import fuzz_cm, fuzz_commands, fuzz_frames, fuzz_images, fuzz_rings
+from tests.support.fuzz.rounds import Replay, Tally
 
 
 class Target(NamedTuple):

@@ -7,8 +7,9 @@ import random
 from typing import Any
 
 import pytest
-from fuzz_common import HEADING, Tally, corpus, minimised, run_rounds, watchdog
-from targets import TARGETS
+
+from tests.fuzz.targets import TARGETS
+from tests.support.fuzz.rounds import HEADING, Tally, corpus, minimised, run_rounds, watchdog
 
 SEED = 20260
 

@@ -16,11 +16,10 @@ import typer
 from rich.console import Console
 
 from testbed.base.errors import Exit, TestbedError
-
-from . import report
-from .guest.image import image
-from .lab import lab
-from .matrix import Case, Result, full, quick, run_all
+from tests.interop import report
+from tests.interop.guest.image import image
+from tests.interop.lab import lab
+from tests.interop.matrix import Case, Result, full, quick, run_all
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console()

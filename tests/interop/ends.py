@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.base.errors import EnvironmentProblem
-from tests.nic_host import RUN, NicHost, Space
+from tests.support.nic.nic_host import RUN, NicHost, Space
 
 __all__ = ["End", "NicHost", "OwnEnd", "OwnProgram", "Program", "Space"]
 

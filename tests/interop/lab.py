@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from testbed.base.errors import EnvironmentProblem
-
-from .ends import End, OwnEnd, Space
-from .guest.boot import Guest
-from .guest.image import Image
+from tests.interop.ends import End, OwnEnd, Space
+from tests.interop.guest.boot import Guest
+from tests.interop.guest.image import Image
 
 ROOT = Path(__file__).parents[2]
 MTUS = {1024: 1500, 4096: 9000}

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from .ends import End, OwnEnd, Program
-from .lab import Lab
-from .programs import ROWS, SIZES, WRONG, Row, bytes_of
+from tests.interop.ends import End, OwnEnd, Program
+from tests.interop.lab import Lab
+from tests.interop.programs import ROWS, SIZES, WRONG, Row, bytes_of
 
 DIRECTIONS: Final = ("ours>rxe", "rxe>ours", "ours>ours")
 """client>server."""

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .matrix import DIRECTIONS, KNOWN, Result
+from tests.interop.matrix import DIRECTIONS, KNOWN, Result
 
 
 def record(result: Result) -> dict[str, Any]:

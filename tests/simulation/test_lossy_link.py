@@ -11,12 +11,12 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from traffic import MEMORY, Direction, Op
 
 from softroce_ext.simulation.hosts import ByteSink, Host, connect, end
 from softroce_ext.simulation.link import Link
 from softroce_ext.simulation.world import World
 from softroce_ext.transport.verbs import WrOpcode
+from tests.support.transport.traffic import MEMORY, Direction, Op
 
 KINDS = (
     WrOpcode.SEND,

@@ -5,7 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from scene import (
+
+from softroce_ext.simulation.hosts import BASE, ByteSink, Host, ip
+from softroce_ext.simulation.link import Link
+from softroce_ext.transport.engine import EngineConfig
+from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus, WrOpcode
+from softroce_ext.wire.headers import BTH_AETH, MIGROS_CAPABLE
+from tests.support.transport.scene import (
     BACK,
     FORTH,
     STEPS,
@@ -19,13 +25,7 @@ from scene import (
     one_sided,
     restore,
 )
-from traffic import Direction, Op
-
-from softroce_ext.simulation.hosts import BASE, ByteSink, Host, ip
-from softroce_ext.simulation.link import Link
-from softroce_ext.transport.engine import EngineConfig
-from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus, WrOpcode
-from softroce_ext.wire.headers import BTH_AETH, MIGROS_CAPABLE
+from tests.support.transport.traffic import Direction, Op
 
 
 @pytest.mark.parametrize("step", range(0, STEPS, 3))

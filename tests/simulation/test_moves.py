@@ -9,7 +9,16 @@ from __future__ import annotations
 import json
 
 import pytest
-from scene import (
+
+from softroce_ext.simulation.hosts import BASE, End
+from softroce_ext.simulation.link import Link
+from softroce_ext.transport.context import QpContext
+from softroce_ext.transport.engine import EngineConfig
+from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
+from softroce_ext.wire import opcodes as op
+from softroce_ext.wire.frame import parse
+from softroce_ext.wire.headers import MIGROS_CAPABLE
+from tests.support.transport.scene import (
     FORTH,
     STEPS,
     Scene,
@@ -21,16 +30,7 @@ from scene import (
     one_sided,
     restore,
 )
-from traffic import Direction
-
-from softroce_ext.simulation.hosts import BASE, End
-from softroce_ext.simulation.link import Link
-from softroce_ext.transport.context import QpContext
-from softroce_ext.transport.engine import EngineConfig
-from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
-from softroce_ext.wire import opcodes as op
-from softroce_ext.wire.frame import parse
-from softroce_ext.wire.headers import MIGROS_CAPABLE
+from tests.support.transport.traffic import Direction
 
 
 def test_there_is_something_to_interrupt() -> None:

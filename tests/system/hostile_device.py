@@ -9,18 +9,13 @@ import ctypes
 import mmap
 import os
 import struct
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "uverbs"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
-
-import scribbler
-
 from softroce_ext.device.queue_pair import Destination
 from softroce_ext.uverbs.abi import EXTENDED, MODIFY_QP, Command
+from tests.support.fuzz import scribbler
 
 COMMANDS, DEEDS, LIVES = 200, 201, 202
 TALLY_BYTES = 256 * 8

@@ -1,4 +1,4 @@
-"""A hostile program, run with the bridge: `hostile_program.py MODE SEED SECONDS TALLY`.
+"""A hostile program, run with the bridge: `-m tests.system.hostile_program MODE SEED SECONDS TALLY`.
 
 It opens the device (or rdma_cm) again and again, each time in a child that writes random and mutated commands,
 scribbles on what it shares with the NIC, and dies at a random moment by a signal or without a word. MODE `verbs`, `cm`,
@@ -30,17 +30,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
-
-import fuzz_cm
-import fuzz_commands
-import scribbler
-from fuzz_common import Tally, Violation
-from hostile_device import ATTACKER, COMMANDS, DEEDS, LIVES, OWN, RC, TALLY_BYTES, UC, UD, Device, Objects, Peer
-
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import LAYOUT_VERSION
 from softroce_ext.uverbs.server import MAGIC
+from tests.fuzz import fuzz_cm, fuzz_commands
+from tests.support.fuzz import scribbler
+from tests.support.fuzz.rounds import Tally, Violation
+from tests.system.hostile_device import (
+    ATTACKER,
+    COMMANDS,
+    DEEDS,
+    LIVES,
+    OWN,
+    RC,
+    TALLY_BYTES,
+    UC,
+    UD,
+    Device,
+    Objects,
+    Peer,
+)
 
 RUN = Path("/run/migros/nic")
 LIFE = 0.5

@@ -1,4 +1,4 @@
-"""A hostile host: `hostile_sender.py KIND SEED SECONDS RATE TARGET` sends frames from interface eth0.
+"""A hostile host: `-m tests.system.hostile_sender KIND SEED SECONDS RATE TARGET` sends frames from interface eth0.
 
 KIND `frames`: captures of Linux rxe with bits, bytes and lengths changed, noise, and frames with a right ICRC and wrong
 contents: to the canary's queue pairs from their partner's address, to everybody else's from a stranger's. KIND `mads`:
@@ -14,18 +14,13 @@ import socket
 import struct
 import sys
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
-
-import fuzz_cm
-import fuzz_frames
 
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import MAX_FRAME, build
 from softroce_ext.wire.frame import Path as WirePath
 from softroce_ext.wire.headers import BTH_DETH, GSI_QKEY, GSI_QPN
+from tests.fuzz import fuzz_cm, fuzz_frames
 
 BURST = 100
 STRANGER = bytes([10, 9, 0, 66])

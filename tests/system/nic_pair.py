@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.nic_host import RUN, NicHost
+from tests.support.nic.nic_host import RUN, NicHost
 
 __all__ = ["PORT", "RUN", "TOO_EARLY", "Host", "finish", "hosts", "nics", "pair", "until"]
 

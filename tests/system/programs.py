@@ -1,9 +1,22 @@
-"""Plain programs that tests move: they say themselves whether something was lost."""
+"""What runs on the hosts: how a module of this folder is started there, and plain programs that CRIU moves.
+
+The plain ones say themselves whether something was lost.
+"""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PYTHON = "/usr/bin/python3"
+"""The distribution's Python, for which Debian packages pyverbs: the programs of tests use nothing else."""
+
+
+def module(name: str, *words: str, python: str = PYTHON) -> list[str]:
+    """A command line that runs `tests.system.NAME` on any host of this machine, whatever its current folder is."""
+    return ["/usr/bin/env", f"PYTHONPATH={ROOT}", python, "-m", f"tests.system.{name}", *words]
+
 
 # Prints consecutive numbers, one every 2 ms.
 COUNTER = """

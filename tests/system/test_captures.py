@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import yaml
-from captures import (
+
+from tests.system.captures import (
     ACK_REQ,
     ACKNOWLEDGE,
     NAK_STOPPED,

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from captures import frames
-from nic_pair import RUN, Host, finish, nics, pair, until
 
 from softroce_ext.uverbs.hw_counters import FRESHNESS, RXE_NAMES
 from softroce_ext.wire.opcodes import name_of
 from testbed.cleanup.state import RunState
 from testbed.diagram.trace import connection, flights, read
+from tests.system.captures import frames
+from tests.system.nic_pair import RUN, Host, finish, nics, pair, until
 
 PORT_FOLDER = "/sys/class/infiniband/rxe0/ports/1"
 """Where a program reads it, on a machine with Linux rxe as here."""

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import programs
 import pytest
-from criu_lab import ADDRESS, NODES, Lab
 
 from testbed.base.errors import RunFailed
 from testbed.checkpoint import criu_binary
+from tests.system import programs
+from tests.system.criu_lab import ADDRESS, NODES, Lab
 
 pytestmark = pytest.mark.system
-PYTHON = ["/usr/bin/python3", "-c"]
+PYTHON = [programs.PYTHON, "-c"]
 # A counter whose image does not fit into a socket's buffers.
 HOLD_MEMORY = """
 import time

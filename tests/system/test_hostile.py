@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hostile_device import COMMANDS, DEEDS, LIVES, TALLY_BYTES
-from nic_pair import Host, finish, nics, pair, until
 
 from softroce_ext.process.management import COMMANDS as COMMANDS_OF_CONTROL
+from tests.system import programs
+from tests.system.hostile_device import COMMANDS, DEEDS, LIVES, TALLY_BYTES
+from tests.system.nic_pair import Host, finish, nics, pair, until
 
-HERE = Path(__file__).parent
 SECONDS = float(os.environ.get("HOSTILE_SECONDS", "2.5"))
 SEED = int(os.environ.get("HOSTILE_SEED", "20260"))
 RATE = 6000
@@ -160,14 +160,8 @@ def watch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Watch]:
 def start_program(watch: Watch, mode: str, number: int, bridge: bool = True) -> tuple[subprocess.Popen[str], Path]:
     """A hostile program on the first host, and the file of its counters."""
     tally = watch.folder / f"tally-{mode}-{number}"
-    words = [
-        sys.executable,
-        str(HERE / "hostile_program.py"),
-        mode,
-        str(SEED + 1000 * number),
-        str(SECONDS),
-        str(tally),
-    ]
+    seed = str(SEED + 1000 * number)
+    words = programs.module("hostile_program", mode, seed, str(SECONDS), str(tally), python=sys.executable)
     environment = watch.first.environment() if bridge else dict(os.environ)
     process = subprocess.Popen(
         watch.first.enter(*words), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -216,15 +210,8 @@ def attack_from_outside(watch: Watch, kind: str, honest: list[str]) -> tuple[int
     target = json.loads(canary.stdout.readline())
     (link,) = json.loads(watch.first.run("ip", "-j", "link", "show", "eth0").stdout)
     target |= {"mac": link["address"], "ip": watch.first.ip}
-    words = [
-        sys.executable,
-        str(HERE / "hostile_sender.py"),
-        kind,
-        str(SEED),
-        str(SECONDS),
-        str(RATE),
-        json.dumps(target),
-    ]
+    options = kind, str(SEED), str(SECONDS), str(RATE), json.dumps(target)
+    words = programs.module("hostile_sender", *options, python=sys.executable)
     sender = subprocess.Popen(watch.second.enter(*words), stdout=subprocess.PIPE, text=True)
     watch.work(honest, lambda: sender.poll() is not None)
     sent, _ = sender.communicate(timeout=60)

@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from nic_pair import PORT, Host, finish, hosts
-from nic_pair import until as wait_until
+
+from tests.system.nic_pair import PORT, Host, finish, hosts
+from tests.system.nic_pair import until as wait_until
 
 PORT_FILES = "/run/migros/nic/sys/class/infiniband/rxe0/ports/1"
 

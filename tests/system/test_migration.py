@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Run
-from moves import ended_well, moved, succeeded, topology
 
 from testbed.base.errors import RunFailed
 from testbed.controller.client import ControllerClient
 from testbed.lab.session import Session
 from testbed.record.summary import Summary
+from tests.system.moves import ended_well, moved, succeeded, topology
+from tests.system.testbed_runs import Run
 
 pytestmark = pytest.mark.system
 

@@ -10,20 +10,21 @@ check it themselves (tests/system/verbs_traffic.py and verbs_windows.py, and -c 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
-from moves import moved, succeeded, topology
 
-TRAFFIC = Path(__file__).with_name("verbs_traffic.py")
-WINDOWS = Path(__file__).with_name("verbs_windows.py")
+from tests.system import programs
+from tests.system.moves import moved, succeeded, topology
+
 MOVE = "app: {app}, to: h3, at: 64KiB, address: keep"
 """In mid-traffic: how long a program needs to begin is not the same on every machine."""
 
 
 def traffic(mode: str, seconds: int) -> str:
     """The command of a program that checks numbered traffic; the client's gets the server's address besides."""
-    return f"/usr/bin/python3 {TRAFFIC} {mode} {seconds}"
+    return shlex.join(programs.module("verbs_traffic", mode, str(seconds)))
 
 
 @pytest.mark.parametrize("app", ["server", "client"])
@@ -41,7 +42,7 @@ def test_atomics_and_a_shared_receive_queue_move(tmp_path: Path, mode: str, app:
 @pytest.mark.parametrize("app", ["server", "client"])
 def test_memory_windows_move(tmp_path: Path, app: str, address: str) -> None:
     """The windows' owner and who uses them. Bound, free, never bound; keys taken back before the move and after it."""
-    command = f"/usr/bin/python3 {WINDOWS} 9"
+    command = shlex.join(programs.module("verbs_windows", "9"))
     move = f"app: {app}, to: h3, at: 512KiB, address: {address}"
     summary = moved(topology(tmp_path, command, command, move), tmp_path)
     succeeded(summary)

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import paramiko
 import pytest
-from networks import PAIR, RING, running
 
 from testbed.base.errors import RunFailed
 from testbed.base.ip6 import companion
 from testbed.network import Network, machine
 from testbed.network.machine import command
+from tests.system.networks import PAIR, RING, running
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from networks import PAIR, RING, running
 
 from testbed.base.errors import EnvironmentProblem
 from testbed.cleanup.clean import clean
 from testbed.cleanup.state import BASE, read, start_time
 from testbed.network import nodes
 from testbed.network.machine import command
+from tests.system.networks import PAIR, RING, running
 
 
 def root_interfaces() -> set[str]:

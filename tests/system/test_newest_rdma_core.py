@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import newest_rdma_core as newest
 import pytest
-from nic_pair import PORT, Host, finish, nics
+
+from tests.system import newest_rdma_core as newest
+from tests.system.nic_pair import PORT, Host, finish, nics
 
 
 @pytest.fixture(scope="module")

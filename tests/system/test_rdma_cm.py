@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from nic_pair import RUN, TOO_EARLY, Host, finish, nics, until
 
 from softroce_ext.uverbs.hw_counters import FRESHNESS
+from tests.system.nic_pair import RUN, TOO_EARLY, Host, finish, nics, until
 
 DATA = "rdma-ping-{}: "
 

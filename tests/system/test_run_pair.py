@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import Run, shipped, testbed
 
 from testbed.base.errors import Exit
+from tests.system.testbed_runs import Run, shipped, testbed
 
 pytestmark = pytest.mark.system
 

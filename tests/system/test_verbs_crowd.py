@@ -12,20 +12,24 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from nic_pair import RUN, TOO_EARLY, Host, finish, nics, pair, until
 
 from tests.interop.lab import lab
+from tests.system import programs
+from tests.system.nic_pair import RUN, TOO_EARLY, Host, finish, nics, pair, until
 
-TRAFFIC = str(Path(__file__).with_name("verbs_traffic.py"))
 TCP_PORT = 18600
 RPING = ["rping", "-c", "-C", "100000", "-a"]
 AT_ONCE = ["sh", "-c", 'read -r line; exec "$@"', "sh"]
 """Prefix of programs that wait for the end of their input, so that none is through before the last one is started."""
 RETRIES = ["ib_write_bw", "-R", "-x", "1", "-F", "-D", "60", "-s", "65536", "-p", "18701", "--retry_count=2"]
+
+
+def traffic(mode: str, seconds: int) -> list[str]:
+    """The command line of a program that checks numbered traffic; the client's gets the server's address besides."""
+    return programs.module("verbs_traffic", mode, str(seconds))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def streaming(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["/usr/bin/python3", TRAFFIC, "doomed", "60"], "ok "),
+        (traffic("doomed", 60), "ok "),
         (RETRIES, "Failed status 12"),
         (["rping", "-s", "-C", "100000"], "DISCONNECT"),
     ],
@@ -80,7 +84,7 @@ def streaming(
 def test_a_partner_of_a_killed_program_is_told(joined: tuple[Host, Host], words: list[str], told: str) -> None:
     """SIGKILL in mid-stream: RETRY_EXC_ERR at the other end (with rdma_cm's connections perhaps the DREQ first)."""
     server, client = joined
-    listening, calling = streaming(server, client, words, TCP_PORT if words[1] == TRAFFIC else 0)
+    listening, calling = streaming(server, client, words, TCP_PORT if told == "ok " else 0)
     (victim,) = [context for context in contexts(server) if context["mrs"]]
     os.kill(int(victim["pid"]), signal.SIGKILL)
     finish(listening, 10)
@@ -98,8 +102,8 @@ def test_what_was_posted_goes_out_before_all_is_freed(joined: tuple[Host, Host])
     """The NIC sleeps while a program posts eight datagrams and frees everything: all of them come, in order, whole."""
     server, client = joined
     assert client.nic is not None
-    listening = server.start("/usr/bin/python3", TRAFFIC, "leaver", "0")
-    calling = client.start("/usr/bin/python3", TRAFFIC, "leaver", "0", server.ip, stdin=subprocess.PIPE)
+    listening = server.start(*traffic("leaver", 0))
+    calling = client.start(*traffic("leaver", 0), server.ip, stdin=subprocess.PIPE)
     assert calling.stdin is not None
     assert calling.stdout is not None
     assert calling.stdout.readline() == "ready\n"
@@ -131,12 +135,9 @@ def test_forty_programs_at_once(joined: tuple[Host, Host]) -> None:
     gate, opener = os.pipe()
     calling = [client.start(*AT_ONCE, *words, server.ip, stdin=gate) for _, server, client, words in running]
     # Both use the same TCP port, each on the other host.
-    counting = [
-        host.start("/usr/bin/python3", TRAFFIC, mode, "2")
-        for host, mode in zip(joined, ("adder", "shared"), strict=True)
-    ]
+    counting = [host.start(*traffic(mode, 2)) for host, mode in zip(joined, ("adder", "shared"), strict=True)]
     calling += [
-        other.start(*AT_ONCE, "/usr/bin/python3", TRAFFIC, mode, "2", host.ip, stdin=gate)
+        other.start(*AT_ONCE, *traffic(mode, 2), host.ip, stdin=gate)
         for host, other, mode in zip(joined, reversed(joined), ("adder", "shared"), strict=True)
     ]
     os.close(gate)
@@ -156,15 +157,14 @@ def test_forty_programs_at_once(joined: tuple[Host, Host]) -> None:
 
 def test_threads_post_and_poll_at_once(joined: tuple[Host, Host]) -> None:
     """Threads of one program, on queue pairs of their own and a common one, two others polling: all additions count."""
-    script = str(Path(__file__).with_name("verbs_posting.py"))
-    run = joined[0].run("/usr/bin/python3", script, program=True)
+    run = joined[0].run(*programs.module("verbs_posting"), program=True)
     assert (run.returncode, run.stdout) == (0, "ok\n"), run.stdout + run.stderr
     nothing_left(joined[0])
 
 
 def test_a_program_with_a_child_after_ibv_fork_init(joined: tuple[Host, Host]) -> None:
     """The parent writes into pages that the child had a copy of: what is sent is what the parent wrote."""
-    for code, output in pair(*joined, ["/usr/bin/python3", TRAFFIC, "forked", "1"], wait=False):
+    for code, output in pair(*joined, traffic("forked", 1), wait=False):
         assert code == 0 and output.startswith("ok "), output
 
 
@@ -175,8 +175,8 @@ def test_atomics_are_exact_over_a_bad_link(link: dict[str, float]) -> None:
         place.prepare(1024)
         place.meet()
         place.cable.impair(**link, seed=7)
-        server = place.b.start("/usr/bin/python3", TRAFFIC, "adder", "4")
-        client = place.a.start("/usr/bin/python3", TRAFFIC, "adder", "4", place.b.ip4)
+        server = place.b.start(*traffic("adder", 4))
+        client = place.a.start(*traffic("adder", 4), place.b.ip4)
         (code, output), (other, told) = client.finish(60), server.finish(60)
         assert (code, other) == (0, 0), output + told
         assert output == told and int(output.split()[1]) > 50

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nic_pair import PORT, RUN, Host, finish, hosts, nics, pair, until
 
 from softroce_ext.control import ControlClient, ControlError
+from tests.system import programs
+from tests.system.nic_pair import PORT, RUN, Host, finish, hosts, nics, pair, until
 
 PINGPONG = ["ibv_rc_pingpong", "-g", "1", "-c"]
 
@@ -164,8 +165,7 @@ def test_images_that_cannot_be_restored(joined: tuple[Host, Host], tmp_path: Pat
 
 def test_threads_signals_and_exec(joined: tuple[Host, Host]) -> None:
     """Commands of many threads of one program, interrupted by signals; then the same after an exec."""
-    script = str(Path(__file__).with_name("verbs_threads.py"))
-    run = joined[0].run("/usr/bin/python3", script, "again", program=True)
+    run = joined[0].run(*programs.module("verbs_threads", "again"), program=True)
     assert (run.returncode, run.stdout) == (0, "ok\n"), run.stdout + run.stderr
     with joined[0].control() as control:
         assert control.call("status")["contexts"] == []

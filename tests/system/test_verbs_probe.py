@@ -7,12 +7,12 @@ Linux rxe gives; a program that misbehaves harms itself only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from nic_pair import Host, hosts, nics, pair
 
-PROBE = Path(__file__).with_name("verbs_probe.py")
+from tests.system import programs
+from tests.system.nic_pair import Host, hosts, nics, pair
+
 SCENARIOS = (
     "data",
     "pieces",
@@ -42,7 +42,7 @@ def contexts(host: Host) -> list[str]:
 
 def probe(server: Host, client: Host, scenario: str) -> None:
     """Run one scenario and check both ends."""
-    words = ["/usr/bin/python3", str(PROBE), scenario]
+    words = programs.module("verbs_probe", scenario)
     passive, active = pair(server, client, words, wait=False)
     assert passive == (0, "ok\n"), f"passive end: {passive[1]}"
     assert active == (0, "ok\n"), f"active end: {active[1]}"
@@ -63,7 +63,7 @@ def test_loopback(joined: tuple[Host, Host]) -> None:
 @pytest.mark.parametrize("scenario", ["scribble", "cut"])
 def test_a_hostile_program_harms_only_itself(joined: tuple[Host, Host], scenario: str) -> None:
     """After it the same NICs serve the next program."""
-    words = ["/usr/bin/python3", str(PROBE), scenario]
+    words = programs.module("verbs_probe", scenario)
     pair(joined[0], joined[1], words, wait=False)
     for host in joined:
         assert host.nic is not None

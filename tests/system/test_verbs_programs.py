@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nic_pair import Host, hosts, nics, pair
+
+from tests.system.nic_pair import Host, hosts, nics, pair
 
 RXE = Path(__file__).parent.parent / "data" / "ibv_devinfo_rxe_mtu9000.txt"
 """`ibv_devinfo -v` on Linux rxe (kernel 6.1) with an interface MTU of 9000 and addresses of its own."""

@@ -6,12 +6,11 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from nic_pair import Host, nics
 
-SCALE = Path(__file__).with_name("verbs_scale.py")
+from tests.system import programs
+from tests.system.nic_pair import Host, nics
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def host() -> Iterator[Host]:
 @pytest.mark.parametrize("words", [["many", "10000"], ["gigabyte"]], ids=lambda words: words[0])
 def test_size(host: Host, words: list[str]) -> None:
     """The program's own checks hold, and the NIC is empty again."""
-    run = host.run("/usr/bin/python3", str(SCALE), *words, timeout=240, program=True)
+    run = host.run(*programs.module("verbs_scale", *words), timeout=240, program=True)
     assert (run.returncode, run.stdout) == (0, "ok\n"), run.stdout + run.stderr
     with host.control() as control:
         assert control.call("status")["contexts"] == []
@@ -34,7 +33,7 @@ def test_size(host: Host, words: list[str]) -> None:
 @pytest.mark.slow
 def test_a_thousand_queue_pairs_of_a_killed_program_are_freed(host: Host) -> None:
     """kill -9 in the middle: the queue pairs go, and the next program finds room."""
-    program = host.start("/usr/bin/python3", str(SCALE), "many", "10000")
+    program = host.start(*programs.module("verbs_scale", "many", "10000"))
     with host.control() as control:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -52,5 +51,5 @@ def test_a_thousand_queue_pairs_of_a_killed_program_are_freed(host: Host) -> Non
         while control.call("status")["contexts"] and time.monotonic() < deadline:
             time.sleep(0.05)
         assert control.call("status")["contexts"] == []
-    run = host.run("/usr/bin/python3", str(SCALE), "many", "100", timeout=60, program=True)
+    run = host.run(*programs.module("verbs_scale", "many", "100"), timeout=60, program=True)
     assert (run.returncode, run.stdout) == (0, "ok\n"), run.stdout + run.stderr

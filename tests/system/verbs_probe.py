@@ -1,4 +1,4 @@
-"""An RDMA program on stock libibverbs (pyverbs) that checks every byte; run as `verbs_probe.py SCENARIO [SERVER-IP]`.
+"""An RDMA program on stock libibverbs (pyverbs) that checks every byte; run as `-m tests.system.verbs_probe SCENARIO [SERVER-IP]`.
 
 Both ends run it; the one without an address listens. They meet over TCP, take turns there, and the RDMA connection is
 used by the active end only, so that a scenario reads as one program. Ends with 0 and the line `ok` when all was right.
@@ -18,7 +18,8 @@ import pyverbs.enums as e
 from pyverbs.device import Context
 from pyverbs.mr import MR, MW, MWBind, MWBindInfo
 from pyverbs.pyverbs_error import PyverbsRDMAError
-from verbs_ends import ALL_ACCESS, AREA, End, Talk, pattern
+
+from tests.system.verbs_ends import ALL_ACCESS, AREA, End, Talk, pattern
 
 SIZES = (1, 2, 255, 1024, 4095, 4096, 4097, 65537, AREA)
 

@@ -1,4 +1,4 @@
-"""RDMA programs of an unusual size on stock libibverbs, alone on one host: `verbs_scale.py many COUNT | gigabyte`.
+"""RDMA programs of an unusual size on stock libibverbs, alone on one host: `-m tests.system.verbs_scale many COUNT | gigabyte`.
 
 Ends with 0 and the line `ok` when every byte was right.
 """

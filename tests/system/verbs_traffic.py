@@ -1,4 +1,4 @@
-"""Numbered traffic that notices a message lost, doubled or changed: `verbs_traffic.py MODE [SECONDS] [SERVER-IP]`.
+"""Numbered traffic that notices a message lost, doubled or changed: `-m tests.system.verbs_traffic MODE [SECONDS] [SERVER-IP]`.
 
 Runs on stock libibverbs (pyverbs) at both ends; the one without an address listens. Modes:
 
@@ -33,7 +33,8 @@ from pyverbs.pd import PD
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.srq import SRQ, SrqAttr, SrqInitAttr
 from pyverbs.wr import SGE, RecvWR, SendWR
-from verbs_ends import Talk
+
+from tests.system.verbs_ends import Talk
 
 KINDS = {"uc": e.IBV_QPT_UC, "ud": e.IBV_QPT_UD, "leaver": e.IBV_QPT_UD}
 ACCESS = e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_REMOTE_WRITE | e.IBV_ACCESS_REMOTE_ATOMIC

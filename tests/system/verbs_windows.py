@@ -1,4 +1,4 @@
-"""Traffic through memory windows and keys that are taken back: `verbs_windows.py SECONDS [SERVER-IP]`.
+"""Traffic through memory windows and keys that are taken back: `-m tests.system.verbs_windows SECONDS [SERVER-IP]`.
 
 Runs on stock libibverbs (pyverbs) at both ends. The one without an address owns the memory. For each round it binds a
 window of type 2 (BIND_MW in its send queue) to just the bytes of the round's message and sends an order behind it. The
@@ -16,7 +16,6 @@ import struct
 import sys
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyverbs.enums as e
@@ -27,11 +26,10 @@ from pyverbs.mr import MR, MW, MWBind, MWBindInfo
 from pyverbs.pd import PD
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import SGE, RecvWR, SendWR
-from verbs_ends import ALL_ACCESS, Talk
-from verbs_traffic import message
 
-sys.path.append(str(Path(__file__).parents[1] / "interop" / "probe"))
-from data_keys import keep_key
+from tests.interop.probe.data_keys import keep_key
+from tests.system.verbs_ends import ALL_ACCESS, Talk
+from tests.system.verbs_traffic import message
 
 MAIN, KEPT, RETURNED, REVOKED, FOREIGN, CONTROL = range(6)
 """Queue pairs: of the traffic; whose window stays bound; whose key the client, or the owner, took back at the

@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 from testbed.base.errors import EnvironmentProblem
-
-from ..ends import End, Program, Space
-from .image import Image
+from tests.interop.ends import End, Program, Space
+from tests.interop.guest.image import Image
 
 MAC = "52:54:00:00:09:02"
 _BOOT_SECONDS = 120.0

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_agent import LocalTransport, agent_argv
 
 from testbed.lab.hosts import Host
+from tests.unit.agent.local_agent import LocalTransport, agent_argv
 
 
 @pytest.fixture

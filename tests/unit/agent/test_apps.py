@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_agent import LocalTransport, agent_argv
 
 from testbed.agent.processes import command_name, namespace_members
 from testbed.base.errors import BadInput
 from testbed.cleanup.state import start_time
 from testbed.lab.hosts import Host
+from tests.unit.agent.local_agent import LocalTransport, agent_argv
 
 pytestmark = pytest.mark.system  # a pid namespace needs CAP_SYS_ADMIN
 

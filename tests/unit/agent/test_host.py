@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_agent import LocalTransport, agent_argv
 
 from testbed.base.errors import BadInput, EnvironmentProblem, RunFailed
 from testbed.lab.hosts import Address, Host
+from tests.unit.agent.local_agent import LocalTransport, agent_argv
 
 Fixture = tuple[Host, LocalTransport, list[dict[str, Any]]]
 

@@ -12,13 +12,13 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from test_cm_checkpoint import A, Nic, Scene, connected
 
 from softroce_ext.cm import checkpoint
 from softroce_ext.cm import messages as m
 from softroce_ext.cm.commands import Command
 from softroce_ext.cm.ids import PS_UDP, EventType
 from softroce_ext.device.errors import ImageError, VerbsError
+from tests.support.cm.net import A, Nic, Scene, connected
 
 
 def over() -> Scene:

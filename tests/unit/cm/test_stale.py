@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_cm_checkpoint import PORT, A, B, C, Scene, connected, move
 
 from softroce_ext.cm.connection import State
 from softroce_ext.wire.path import Path
+from tests.support.cm.net import PORT, A, B, C, Scene, connected, move
 
 
 def states(scene: Scene) -> list[State]:

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from test_hostile import HERE, THERE, Lab
-from test_messages import mads
 
 from softroce_ext.cm import messages as m
 from softroce_ext.cm.fields import ece
 from softroce_ext.cm.ids import PS_IB, PS_TCP, PS_UDP
 from softroce_ext.cm.ucma import Command
 from softroce_ext.device.errors import VerbsError
+from tests.support.cm.lab import HERE, THERE, Lab
+from tests.support.cm.mads import mads
 
 LOOPBACK, ANY = bytes((127, 0, 0, 1)), bytes(4)
 

@@ -7,10 +7,10 @@ application belongs to that host; `ok` and `rolled_back` say which. Before the r
 from __future__ import annotations
 
 import pytest
-from fakes import World, migration, session
 
 from testbed.migration import migrate, observe
 from testbed.record.summary import PHASES, Migration
+from tests.unit.migration.fakes import World, migration, session
 
 BEFORE = ["begin", "prepare", "prepare_move", "send", "receive", "move"]
 """Operations up to the point of no return, in their order."""

@@ -7,8 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from scene import Scene, migrate
-from test_reader import record
 from typer.testing import CliRunner
 
 from softroce_ext.simulation.hosts import BASE, Host, connect, end
@@ -20,6 +18,8 @@ from testbed.base.errors import BadInput
 from testbed.diagram.layout import MAX_ARROWS, Layout, kind_of, label_of, layout
 from testbed.diagram.picture import draw
 from testbed.diagram.trace import Trace, read
+from tests.support.transport.scene import Scene, migrate
+from tests.support.transport.traces import record
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scene import Scene
 
 from softroce_ext.simulation.hosts import BASE, Host, connect, end
 from softroce_ext.simulation.link import Link
@@ -17,6 +16,7 @@ from softroce_ext.trace.queue_pairs import QpTrace
 from softroce_ext.transport.engine import Engine
 from softroce_ext.transport.verbs import WrOpcode
 from softroce_ext.wire.opcodes import name_of
+from tests.support.transport.scene import Scene
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

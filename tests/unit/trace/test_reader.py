@@ -6,28 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from scene import Scene
 
 from softroce_ext.simulation.link import Link
-from softroce_ext.trace.queue_pairs import QpTrace
 from testbed.base.errors import BadInput
 from testbed.diagram.trace import connection, flights, read
+from tests.support.transport.traces import record
 
 START = '{"t":1.0,"event":"start","version":1}\n'
-
-
-def record(folder: Path, link: Link) -> tuple[list[Path], Scene]:
-    """Traces of both ends of the simulated connection's traffic over `link`."""
-    scene = Scene(link)
-    world = scene.world
-    paths = [folder / f"h{host.number}.jsonl" for host in scene.hosts[:2]]
-    traces = [
-        QpTrace(host.engine, str(path), clock=lambda: world.now) for host, path in zip(scene.hosts, paths, strict=False)
-    ]
-    scene.finish()
-    for trace in traces:
-        trace.close()
-    return paths, scene
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from test_protection import SEND, WRITE, pair
-from test_turns import deliver
-
 from softroce_ext.simulation.hosts import BASE
 from softroce_ext.transport.verbs import QpState, WcStatus
+from tests.support.transport.pairs import SEND, WRITE, deliver, pair
 
 
 def test_a_sequence_nak() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import rxe_captures as captures
-from test_protection import SEND, pair
-from test_unreliable import QKEY, parsed, path_of
-
 from softroce_ext.simulation.hosts import BASE, ByteSink, Host
 from softroce_ext.wire.headers import BTH_DETH
+from tests.support.transport import rxe_captures as captures
+from tests.support.transport.pairs import SEND, pair
+from tests.support.transport.rxe_captures import parsed, path_of
 
 MAD = captures.read("cm_rping")[0]
+QKEY = 0x11111111
+"""Not that of QP1."""
 
 
 def test_a_mad_leaves_as_rxe_sends_it() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_protection import pair
 
 from softroce_ext.simulation.hosts import ALL_ACCESS, BASE, ByteSink, Region
 from softroce_ext.transport.in_order import MAX_HELD, MAX_HELD_BY_ALL
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import parse
+from tests.support.transport.pairs import pair
 
 SEND, WRITE, READ, ADD = (
     WrOpcode.SEND, WrOpcode.RDMA_WRITE, WrOpcode.RDMA_READ, WrOpcode.ATOMIC_FETCH_AND_ADD,

@@ -10,7 +10,6 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from traffic import MEMORY, Direction, Op
 
 from softroce_ext.simulation.hosts import BASE, ByteSink, End, Host, connect, end
 from softroce_ext.simulation.link import Link
@@ -19,6 +18,7 @@ from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Buffer
 from softroce_ext.wire.headers import BTH, BTH_AETH, BTH_AETH_ATOMIC, BTH_RETH, PSN_MASK
+from tests.support.transport.traffic import MEMORY, Direction, Op
 
 
 class Scene:

@@ -7,29 +7,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from softroce_ext.simulation.hosts import ALL_ACCESS, BASE, ByteSink, End, Host, Region, Sge, connect, end
+from softroce_ext.simulation.hosts import ALL_ACCESS, BASE, ByteSink, Host, Region, Sge, connect, end
 from softroce_ext.simulation.world import World
 from softroce_ext.transport.verbs import Access, QpEvent, QpState, WcFlag, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import parse
+from tests.support.transport.pairs import READ, SEND, WRITE, Pair, pair
 
-SEND, WRITE, READ = WrOpcode.SEND, WrOpcode.RDMA_WRITE, WrOpcode.RDMA_READ
 ADD, SWAP = WrOpcode.ATOMIC_FETCH_AND_ADD, WrOpcode.ATOMIC_CMP_AND_SWP
 RIGHTS = Access.LOCAL_WRITE, Access.REMOTE_WRITE, Access.REMOTE_READ, Access.REMOTE_ATOMIC
-
-
-class Pair(NamedTuple):
-    world: World
-    here: End
-    there: End
-
-
-def pair(**attributes: Any) -> Pair:
-    a, b = Host(1), Host(2)
-    here, there = end(a, 17), end(b, 18)
-    connect(here, there, **attributes)
-    here.ram.data[:1024] = bytes(range(256)) * 4
-    return Pair(World(a, b), here, there)
 
 
 def outcome(scene: Pair) -> tuple[int, list[int]]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import rxe_captures as captures
-from rxe_captures import SIDE_A, SIDE_B, Captured
 
 from softroce_ext.simulation.hosts import BASE, ByteSink, End, Host, Region, end, to_rts
 from softroce_ext.simulation.link import Link
@@ -23,6 +21,8 @@ from softroce_ext.transport.verbs import SendFlag, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Path, parse
 from softroce_ext.wire.opcodes import FLAGS, HEADERS_LENGTH, OpFlag
+from tests.support.transport import rxe_captures as captures
+from tests.support.transport.rxe_captures import SIDE_A, SIDE_B, Captured
 
 MEMORY = 1 << 18
 RXE = EngineConfig(migros=False, retry_read_gaps=False)

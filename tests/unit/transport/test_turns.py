@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_protection import READ, SEND, WRITE, Pair, pair
 
 from softroce_ext.simulation.hosts import BASE, ByteSink
 from softroce_ext.transport.verbs import WcStatus
-
-
-def deliver(scene: Pair, frames: list[bytes], here: bool = False) -> None:
-    """One batch arrives."""
-    engine = (scene.here if here else scene.there).host.engine
-    for frame in frames:
-        engine.receive(memoryview(bytearray(frame)), 0.0)
-    engine.end_of_batch(0.0)
+from tests.support.transport.pairs import READ, SEND, WRITE, deliver, pair
 
 
 @pytest.mark.parametrize("packets", [1, 31, 32, 33, 63, 64, 65])

@@ -7,8 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import rxe_captures as captures
-from rxe_captures import Captured
 
 from softroce_ext.simulation.hosts import (
     ALL_ACCESS,
@@ -29,8 +27,10 @@ from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.interfaces import ProtectionError, SendWqe, Sge
 from softroce_ext.transport.qp import InvalidTransition, QueuePair
 from softroce_ext.transport.verbs import QpState, QpType, SendFlag, WcOpcode, WcStatus, WrOpcode
-from softroce_ext.wire.frame import Packet, Path, parse
+from softroce_ext.wire.frame import Path
 from softroce_ext.wire.headers import DETH
+from tests.support.transport import rxe_captures as captures
+from tests.support.transport.rxe_captures import parsed, path_of
 
 QKEY = 0x11111111
 MEMORY = 1 << 16
@@ -99,19 +99,6 @@ def post_datagram(
     sges = more.pop("sges", (Sge(BASE, length, 1),))
     end.sq.posted.append(SendWqe(wr_id, opcode, flags, imm, length, sges, None, 0, 0, 0, 0, (ah, qpn, qkey)))
     end.host.engine.ring(end.qp)
-
-
-def parsed(frame: bytes) -> Packet:
-    packet = parse(memoryview(frame))
-    assert not isinstance(packet, str), packet
-    return packet
-
-
-def path_of(captured: Captured) -> Path:
-    return Path(
-        captured.frame[6:12], captured.frame[0:6], captured.source, captured.destination, captured.udp_source_port,
-        captured.traffic_class, captured.hop_limit,
-    )  # fmt: skip
 
 
 def emitted(end: End, identifications: list[int], path: Path) -> list[bytes]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from uverbs_program import Program, Upper
+
+from tests.support.nic.uverbs_program import Program, Upper
 
 
 @pytest.fixture

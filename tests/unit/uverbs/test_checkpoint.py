@@ -16,7 +16,6 @@ from ctypes import create_string_buffer
 from pathlib import Path
 
 import pytest
-from uverbs_program import IP, Program, Upper
 
 from softroce_ext.device import checkpoint, image
 from softroce_ext.device.context import AddressHandle, Context
@@ -28,6 +27,7 @@ from softroce_ext.transport.verbs import Access, QpState, WrOpcode
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import FileChannel
 from softroce_ext.wire.frame import Path as WirePath
+from tests.support.nic.uverbs_program import IP, Program, Upper
 
 Make = Callable[..., Upper]
 MEMORY = create_string_buffer(64)

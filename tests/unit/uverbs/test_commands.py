@@ -15,7 +15,6 @@ import struct
 from ctypes import addressof as address_of
 
 import pytest
-from uverbs_program import Program, Upper
 
 from softroce_ext.device import completion
 from softroce_ext.device.errors import VerbsError
@@ -25,6 +24,7 @@ from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import LAYOUT_VERSION
 from softroce_ext.uverbs.commands_qp import HANDLERS
 from softroce_ext.uverbs.server import MAGIC
+from tests.support.nic.uverbs_program import Program, Upper
 
 MEMORY = ctypes.create_string_buffer(64)
 

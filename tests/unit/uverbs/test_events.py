@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import struct
 
-from uverbs_program import Program
-
 from softroce_ext.device.completion import SharedReceiveQueue
 from softroce_ext.uverbs.abi import Command
+from tests.support.nic.uverbs_program import Program
 
 PORT_ACTIVE, PORT_ERR, GID_CHANGE, SRQ_LIMIT_REACHED = 9, 10, 18, 15
 

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from uverbs_program import IP, Program, Upper
 
 from softroce_ext.cm.manager import CommunicationManager
 from softroce_ext.cm.server import CmFiles
@@ -24,6 +23,7 @@ from softroce_ext.process import nic as nic_module
 from softroce_ext.process.management import Management
 from softroce_ext.process.nic import Nic
 from softroce_ext.uverbs.sysfs import SysfsPicture
+from tests.support.nic.uverbs_program import IP, Program, Upper
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import errno
 import struct
 
 import pytest
-from uverbs_program import Program
 
 from softroce_ext.device import limits
 from softroce_ext.transport.verbs import QpState
 from softroce_ext.uverbs import abi
 from softroce_ext.uverbs.abi import Command
+from tests.support.nic.uverbs_program import Program
 
 
 @pytest.mark.parametrize("command", abi.SIZES)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from uverbs_program import Program, Upper
 
 from softroce_ext.process.nic import clear
 from softroce_ext.uverbs import removal
 from softroce_ext.uverbs.removal import remove_tree
+from tests.support.nic.uverbs_program import Program, Upper
 
 DEEP = 1100
 """Deeper than Python recurses, and beyond the longest path."""

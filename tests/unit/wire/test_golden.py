@@ -5,11 +5,11 @@ from __future__ import annotations
 import zlib
 
 import pytest
-import rxe_captures as captures
 
 from softroce_ext.wire import icrc, opcodes
 from softroce_ext.wire.frame import MAX_FRAME, Path, build, datagram_source_port, parse, udp_source_port
 from softroce_ext.wire.opcodes import OpFlag
+from tests.support.transport import rxe_captures as captures
 
 
 @pytest.mark.parametrize("name", captures.names())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import rxe_captures as captures
 from hypothesis import given
 from hypothesis import strategies as st
 
 from softroce_ext.wire.frame import MAX_FRAME, Packet, Path, build, parse
 from softroce_ext.wire.headers import BTH, BTH_AETH
 from softroce_ext.wire.icrc import crc32
+from tests.support.transport import rxe_captures as captures
 
 GOOD = captures.read("rc_send")[0].frame
 PATH = Path(b"\2\0\0\0\0\1", b"\2\0\0\0\0\2", b"\n\0\0\1", b"\n\0\0\2", 50000)

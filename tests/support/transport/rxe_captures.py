@@ -6,7 +6,10 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-VECTORS = Path(__file__).parent.parent / "data" / "vectors"
+from softroce_ext.wire.frame import Packet, parse
+from softroce_ext.wire.path import Path as WirePath
+
+VECTORS = Path(__file__).parents[2] / "data" / "vectors"
 SIDE_A = bytes((10, 77, 0, 1))
 SIDE_B = bytes((10, 77, 0, 2))
 
@@ -80,3 +83,16 @@ def read(name: str) -> list[Captured]:
 def names() -> list[str]:
     """The names of all captures."""
     return sorted(path.stem for path in VECTORS.glob("*.pcap"))
+
+
+def parsed(frame: bytes) -> Packet:
+    packet = parse(memoryview(frame))
+    assert not isinstance(packet, str), packet
+    return packet
+
+
+def path_of(captured: Captured) -> WirePath:
+    return WirePath(
+        captured.frame[6:12], captured.frame[0:6], captured.source, captured.destination, captured.udp_source_port,
+        captured.traffic_class, captured.hop_limit,
+    )  # fmt: skip

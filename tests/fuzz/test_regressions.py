@@ -13,12 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fuzz_cm
 import pytest
-from fuzz_commands import descriptors, upper
-from fuzz_common import Tally, watchdog
-from scribbler import install_guard
-from uverbs_program import Program, Upper
 
 from softroce_ext.cm.ids import PS_UDP, Endpoint
 from softroce_ext.cm.manager import NEVER
@@ -30,6 +25,11 @@ from softroce_ext.simulation.hosts import Host, end
 from softroce_ext.trace.commands import CommandTrace
 from softroce_ext.uverbs import channel, commands, server
 from softroce_ext.uverbs.abi import Command
+from tests.fuzz import fuzz_cm
+from tests.fuzz.fuzz_commands import descriptors, upper
+from tests.support.fuzz.rounds import Tally, watchdog
+from tests.support.fuzz.scribbler import install_guard
+from tests.support.nic.uverbs_program import Program, Upper
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from traffic import MEMORY, Direction, Op
-
 from softroce_ext.simulation.hosts import ALL_ACCESS, End, Host, connect, end, ip, mac, path_between, to_rts
 from softroce_ext.simulation.link import Link
 from softroce_ext.simulation.world import World
@@ -17,6 +15,7 @@ from softroce_ext.transport.qp import QueuePair
 from softroce_ext.transport.verbs import WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.headers import NAK_STOPPED
+from tests.support.transport.traffic import MEMORY, Direction, Op
 
 FORTH = [
     Op(WrOpcode.SEND, 700),

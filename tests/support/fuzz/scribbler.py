@@ -11,15 +11,14 @@ import shutil
 import struct
 from typing import Any
 
-from fuzz_common import Tally, Violation
-from uverbs_program import IP, Program, Upper
-
 from softroce_ext.device.queue_pair import QueuePair
 from softroce_ext.native import build
 from softroce_ext.uverbs import rings
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import AT_ARMED, AT_DIRTY, CONTROL_BYTES, FILE_BYTES
 from softroce_ext.wire.frame import Path as WirePath
+from tests.support.fuzz.rounds import Tally, Violation
+from tests.support.nic.uverbs_program import IP, Program, Upper
 
 PAGE = mmap.PAGESIZE
 PRODUCER, CONSUMER = 128, 256

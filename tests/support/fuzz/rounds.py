@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus"
 HANG = 20.0
 """Seconds that one case may take before it counts as a hang (a case takes milliseconds)."""
 

@@ -1,0 +1,1 @@
+"""Connection managers to test: one alone, several on one wire, and the captured management datagrams."""

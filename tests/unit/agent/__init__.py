@@ -1,0 +1,1 @@
+"""Tests of the agent, which runs here as a child process."""

@@ -1,0 +1,1 @@
+"""Tests of the images, their transfer and the search for CRIU, without CRIU."""

@@ -1,8 +1,0 @@
-"""Finds the captures' reader."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "simulation"))

@@ -1,0 +1,1 @@
+"""Tests of routes, first paths and the northbound interface, without switches."""

@@ -1,0 +1,1 @@
+"""Tests of the migration's phases and schedule, against fake agents."""

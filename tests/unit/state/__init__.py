@@ -1,0 +1,1 @@
+"""Tests of the state files from which `testbed clean` removes what a run has left."""

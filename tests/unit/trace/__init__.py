@@ -1,0 +1,1 @@
+"""Tests of the traces of queue pairs, and of the diagrams that are drawn from them."""

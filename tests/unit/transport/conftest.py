@@ -1,8 +1,0 @@
-"""The capture reader and the simulated world are shared with tests/simulation."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "simulation"))
