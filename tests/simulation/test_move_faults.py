@@ -243,8 +243,8 @@ def test_chaos(seed: int) -> None:
     scene.finish(limit=30.0)
 
 
-def test_a_stale_nak_stopped_from_the_old_place_is_ignored() -> None:
-    """It was reordered behind the RESUME: pausing on it would wait for a RESUME that has come already."""
+def test_a_stale_nak_stopped_just_after_a_resume_pauses_for_a_moment_only() -> None:
+    """It was reordered behind the RESUME: an ordinary pause would wait for a RESUME that has come already."""
     scene = Scene()
     scene.step(4)
     scene.b.qp.stop()
@@ -252,7 +252,15 @@ def test_a_stale_nak_stopped_from_the_old_place_is_ignored() -> None:
     stale = frames_of(scene.world, is_nak_stopped)[0]
     migrate(scene.world, scene.b, scene.hosts[2])
     scene.world.run(lambda: scene.b.context.resume_acked_at is not None)
+    engine = scene.a.host.engine
+    before = engine.counters["rcvd_nak_stopped"]
+    assert not scene.ends() and not scene.a.context.paused
     scene.world.send([stale])
+    scene.world.run(lambda: engine.counters["rcvd_nak_stopped"] > before, limit=1.0)
+    assert engine.counters["rcvd_nak_stopped"] == before + 1 and scene.a.context.paused
+    heard = scene.world.now
+    scene.world.run(lambda: not scene.a.context.paused, limit=1.0)
+    assert 0 < scene.world.now - heard <= engine.config.stale_stop_pause + 1e-9
     scene.finish(limit=5.0)
 
 

@@ -33,7 +33,7 @@ def topology(folder: Path, server: str, client: str, *migrations: str) -> Path:
     return path
 
 
-def moved(path: Path, folder: Path, meanwhile: Callable[[Session], Any] | None = None) -> Summary:
+def run_moves(path: Path, folder: Path, meanwhile: Callable[[Session], Any] | None = None) -> Summary:
     """Run a topology with its results below `folder`."""
     return run(resolve(load(path)), Options(root=folder / "results", meanwhile=meanwhile))
 

@@ -21,7 +21,7 @@ from testbed.base.errors import RunFailed
 from testbed.controller.client import ControllerClient
 from testbed.lab.session import Session
 from testbed.record.summary import Summary
-from tests.system.moves import ended_well, moved, succeeded, topology
+from tests.system.moves import ended_well, run_moves, succeeded, topology
 from tests.system.testbed_runs import Run
 
 pytestmark = pytest.mark.system
@@ -76,7 +76,7 @@ def in_mid_transfer(session: Session, agent: int, act: Callable[[], object]) -> 
 
 
 def test_the_server_moves_with_its_address(tmp_path: Path) -> None:
-    summary = moved(pingpong(tmp_path, SERVER), tmp_path)
+    summary = run_moves(pingpong(tmp_path, SERVER), tmp_path)
     succeeded(summary)
     (record,) = summary.migrations
     assert record.blackout_from == "completions" and record.partner_gap_ms is not None
@@ -85,26 +85,26 @@ def test_the_server_moves_with_its_address(tmp_path: Path) -> None:
 
 
 def test_the_client_moves_and_changes_its_address(tmp_path: Path) -> None:
-    summary = moved(pingpong(tmp_path, CLIENT), tmp_path)
+    summary = run_moves(pingpong(tmp_path, CLIENT), tmp_path)
     succeeded(summary)
     assert not [change for change in summary.flow_changes if change.migration == 0]
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    succeeded(moved(pingpong(tmp_path, SERVER, "app: server, to: h2, at: 16MiB, address: keep"), tmp_path))
+    succeeded(run_moves(pingpong(tmp_path, SERVER, "app: server, to: h2, at: 16MiB, address: keep"), tmp_path))
 
 
 def test_both_ends_move_the_second_to_where_the_first_was(tmp_path: Path) -> None:
     """With event mode (-e): completion channels move too. The address that left must be forgotten by its old NIC."""
     moves = (SERVER, "app: client, to: h2, at: 16MiB, address: keep")
-    succeeded(moved(pingpong(tmp_path, *moves, options=" -e"), tmp_path))
+    succeeded(run_moves(pingpong(tmp_path, *moves, options=" -e"), tmp_path))
 
 
 def test_to_the_partner_s_host_and_away_from_it(tmp_path: Path) -> None:
     """Frames between two programs of one host are never on the wire; before and after that they are."""
     command = "ib_send_bw -d rxe0 -x 1 -D 12 -s 65536"
     moves = ("app: server, to: h1, at: 2s, address: keep", "app: server, to: h3, at: 5s, address: keep")
-    succeeded(moved(topology(tmp_path, command, command, *moves), tmp_path))
+    succeeded(run_moves(topology(tmp_path, command, command, *moves), tmp_path))
 
 
 @pytest.mark.parametrize("app", ["server", "client"])
@@ -116,14 +116,20 @@ def test_perftest_moves_in_mid_traffic(tmp_path: Path, program: str, app: str) -
     """
     command = f"{program} -d rxe0 -x 1 -D 6 -s 65536"
     path = topology(tmp_path, command, command, f"app: {app}, to: h3, at: 4MiB, address: keep")
-    succeeded(moved(path, tmp_path))
+    summary = run_moves(path, tmp_path)
+    succeeded(summary)
+    (record,) = summary.migrations
+    (mover,) = (item for item in summary.apps if item.name == app)
+    assert (record.app, record.from_host, record.to_host) == (app, mover.host, "h3") and mover.final_host == "h3"
+    # A gap is the time from a completion before the move to one after it: there was traffic on both sides.
+    assert record.blackout_from == "completions" or record.partner_gap_ms is not None
 
 
 @pytest.mark.parametrize(("move", "rerouted"), [(SERVER, True), (CLIENT, False)], ids=["server-keep", "client-change"])
 def test_over_ipv6(tmp_path: Path, move: str, rerouted: bool) -> None:
     """GID index 2 is the host's IPv6 address; it moves, and is rerouted, with the IPv4 address that it belongs to."""
     command = PINGPONG.replace("-g 1", "-g 2")
-    summary = moved(topology(tmp_path, command, command, move), tmp_path)
+    summary = run_moves(topology(tmp_path, command, command, move), tmp_path)
     succeeded(summary)
     assert all("GID fd4d::a00:" in " ".join(item.tail) for item in summary.apps)
     changed = {change.match for change in summary.flow_changes if change.migration == 0}
@@ -140,7 +146,7 @@ def test_a_program_that_uses_rdma_cm_moves(tmp_path: Path, app: str, address: st
     server, client = (RPING.format(side=side, count=4000) for side in ("-s", "-c"))
     path = topology(tmp_path, server, client, f"app: {app}, to: h3, at: 1MiB, address: {address}")
     path.write_text(path.read_text().replace(" {server.ip}", ""))
-    summary = moved(path, tmp_path)
+    summary = run_moves(path, tmp_path)
     succeeded(summary)
     # The client may have ended before its own thread says so.
     output = " ".join(next(item for item in summary.apps if item.name == "server").tail)
@@ -158,7 +164,7 @@ def test_the_destination_has_no_usable_criu(tmp_path: Path) -> None:
         inside(session, "h3", "mount", "--bind", "/bin/true", binary)
 
     path = pingpong(tmp_path, SERVER)
-    rolled_back(moved(path, tmp_path, spoil), "no CRIU works here")
+    rolled_back(run_moves(path, tmp_path, spoil), "no CRIU works here")
 
 
 def test_the_destination_s_disk_is_full(tmp_path: Path) -> None:
@@ -167,7 +173,7 @@ def test_the_destination_s_disk_is_full(tmp_path: Path) -> None:
         inside(session, "h3", "mount", "-t", "tmpfs", "-o", "size=64k", "full", "/run/migros/migrate")
 
     path = pingpong(tmp_path, SERVER)
-    rolled_back(moved(path, tmp_path, fill), "No space left on device")
+    rolled_back(run_moves(path, tmp_path, fill), "No space left on device")
 
 
 def test_the_destination_s_nic_dies_while_the_program_is_frozen(tmp_path: Path) -> None:
@@ -182,7 +188,7 @@ def test_the_destination_s_nic_dies_while_the_program_is_frozen(tmp_path: Path) 
         in_mid_transfer(session, agent, kill)
 
     path = pingpong(tmp_path, SERVER)
-    rolled_back(moved(path, tmp_path, arm), "NIC")
+    rolled_back(run_moves(path, tmp_path, arm), "NIC")
 
 
 def test_the_destination_s_agent_dies_in_mid_transfer(tmp_path: Path) -> None:
@@ -191,7 +197,7 @@ def test_the_destination_s_agent_dies_in_mid_transfer(tmp_path: Path) -> None:
         in_mid_transfer(session, agent, lambda: os.kill(agent, signal.SIGKILL))
 
     path = pingpong(tmp_path, SERVER)
-    rolled_back(moved(path, tmp_path, arm), "")
+    rolled_back(run_moves(path, tmp_path, arm), "")
 
 
 def test_the_controller_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +206,7 @@ def test_the_controller_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(ControllerClient, "move", refuse)
     path = pingpong(tmp_path, SERVER)
-    rolled_back(moved(path, tmp_path), "switch s1 did not confirm")
+    rolled_back(run_moves(path, tmp_path), "switch s1 did not confirm")
 
 
 @pytest.mark.parametrize("phase", ["prepare", "dump_process", "restore_process"])

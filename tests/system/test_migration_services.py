@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.system import programs
-from tests.system.moves import moved, succeeded, topology
+from tests.system.moves import run_moves, succeeded, topology
 
 MOVE = "app: {app}, to: h3, at: 64KiB, address: keep"
 """In mid-traffic: how long a program needs to begin is not the same on every machine."""
@@ -32,7 +32,7 @@ def traffic(mode: str, seconds: int) -> str:
 def test_atomics_and_a_shared_receive_queue_move(tmp_path: Path, mode: str, app: str) -> None:
     """The counter's owner and who adds to it; who shares the queue and who sends to it."""
     command = traffic(mode, 9)
-    summary = moved(topology(tmp_path, command, command, MOVE.format(app=app)), tmp_path)
+    summary = run_moves(topology(tmp_path, command, command, MOVE.format(app=app)), tmp_path)
     succeeded(summary)
     counts = {re.search(r"ok (\d+)", " ".join(program.tail))[1] for program in summary.apps}  # type: ignore[index]
     assert len(counts) == 1, "both ends count the same"
@@ -44,7 +44,7 @@ def test_memory_windows_move(tmp_path: Path, app: str, address: str) -> None:
     """The windows' owner and who uses them. Bound, free, never bound; keys taken back before the move and after it."""
     command = shlex.join(programs.module("verbs_windows", "9"))
     move = f"app: {app}, to: h3, at: 512KiB, address: {address}"
-    summary = moved(topology(tmp_path, command, command, move), tmp_path)
+    summary = run_moves(topology(tmp_path, command, command, move), tmp_path)
     succeeded(summary)
     counts = {re.search(r"ok (\d+)", " ".join(program.tail))[1] for program in summary.apps}  # type: ignore[index]
     assert len(counts) == 1, "both ends count the same"
@@ -54,7 +54,7 @@ def test_memory_windows_move(tmp_path: Path, app: str, address: str) -> None:
 def test_unreliable_services_move(tmp_path: Path, mode: str) -> None:
     """What comes after the move is whole and in order, and it does come."""
     command = traffic(mode, 9)
-    summary = moved(topology(tmp_path, command, command, MOVE.format(app="server")), tmp_path)
+    summary = run_moves(topology(tmp_path, command, command, MOVE.format(app="server")), tmp_path)
     succeeded(summary, reliable=False)
 
 
@@ -63,5 +63,5 @@ def test_unreliable_services_move(tmp_path: Path, mode: str) -> None:
 )
 def test_stock_programs_move(tmp_path: Path, program: str, qps: int) -> None:
     """Sixteen queue pairs on one shared receive queue, with events; perftest's atomics on two."""
-    summary = moved(topology(tmp_path, program, program, MOVE.format(app="server")), tmp_path)
+    summary = run_moves(topology(tmp_path, program, program, MOVE.format(app="server")), tmp_path)
     succeeded(summary, qps=qps)
