@@ -105,8 +105,11 @@ def test_close_ends_the_agent(tmp_path: Path) -> None:
 def test_agent_imports_nothing_that_must_be_installed(tmp_path: Path) -> None:
     """Invariant: -S (no site-packages) and the source folder are enough for an agent."""
     source = str(Path(__file__).resolve().parents[3])
-    code = f"import sys; sys.path.insert(0, {source!r}); from testbed.agent.table import OPS; print(len(OPS))"
-    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd="/")
+    code = "from testbed.agent.table import OPS; print(len(OPS))"
+    environment = {**os.environ, "PYTHONPATH": source}
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd="/", env=environment
+    )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) >= 10
 
