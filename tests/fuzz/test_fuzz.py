@@ -1,4 +1,4 @@
-"""Invariant: every stored bug stays mended, and each target's CI budget finds no violation (see each fuzz_*.py)."""
+"""Invariant: every stored bug stays fixed, and each target's CI budget finds no violation (see each fuzz_*.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Invariant: what reading and fuzzing found stays mended; each test is one hostile deed that once worked."""
+"""Invariant: what reading and fuzzing have found stays fixed; each test is one hostile deed that once worked."""
 
 from __future__ import annotations
 

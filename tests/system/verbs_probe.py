@@ -1,7 +1,8 @@
-"""An RDMA program on stock libibverbs (pyverbs) that checks every byte; run as `-m tests.system.verbs_probe SCENARIO [SERVER-IP]`.
+"""An RDMA program on stock libibverbs (pyverbs) that checks every byte.
 
-Both ends run it; the one without an address listens. They meet over TCP, take turns there, and the RDMA connection is
-used by the active end only, so that a scenario reads as one program. Ends with 0 and the line `ok` when all was right.
+Run as `-m tests.system.verbs_probe SCENARIO [SERVER-IP]` at both ends; the one without an address listens. They meet
+over TCP, take turns there, and the RDMA connection is used by the active end only, so that a scenario reads as one
+program. Ends with 0 and the line `ok` when all was right.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""RDMA programs of an unusual size on stock libibverbs, alone on one host: `-m tests.system.verbs_scale many COUNT | gigabyte`.
+"""RDMA programs of an unusual size on stock libibverbs, alone on one host.
 
-Ends with 0 and the line `ok` when every byte was right.
+Run as `-m tests.system.verbs_scale many COUNT | gigabyte`. Ends with 0 and the line `ok` when every byte was right.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Numbered traffic that notices a message lost, doubled or changed: `-m tests.system.verbs_traffic MODE [SECONDS] [SERVER-IP]`.
+"""Numbered traffic that notices a message lost, doubled or changed.
 
-Runs on stock libibverbs (pyverbs) at both ends; the one without an address listens. Modes:
+Run as `-m tests.system.verbs_traffic MODE [SECONDS] [SERVER-IP]` on stock libibverbs (pyverbs) at both ends; the one
+without an address listens. Modes:
 
 adder   RC: the client adds to a counter of the server by atomics, eight at a time; each must return the number before.
 shared  RC: numbered messages into a shared receive queue, all of them, in order.

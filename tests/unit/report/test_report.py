@@ -1,6 +1,6 @@
 """The terminal report of a fixed summary, as text: a change of the report is a diff of the golden file in review.
 
-`PYTHONPATH=. python tests/unit/report/test_report.py` writes the golden files anew.
+`python -m tests.unit.report.test_report` writes the golden files again.
 """
 
 from __future__ import annotations
