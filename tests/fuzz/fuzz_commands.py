@@ -239,10 +239,10 @@ class Attack:
             self.handles.append(struct.unpack_from("<I", data)[0])
             del self.handles[8:-40]
         if install and len(self.nic.adapter.contexts[self.program.id].comp_channels) > 60:
-            raise Violation("completion channels that nobody holds are kept")
+            raise Violation("completion channels that no program holds are kept")
 
     def forged(self) -> None:
-        """A datagram that is nobody's: cut, of another version, in the bystander's name from another process, …"""
+        """A forged datagram: truncated, of another version, in the bystander's name from another process, …"""
         chance = self.chance
         name = chance.choice((self.program.id.encode(), b"open-3", b"../../x", b"\xff" * 48, b"1-99999", b""))
         kind = chance.choice((0, 1, 3, 0xFFFF))

@@ -34,7 +34,7 @@ from tests.support.transport import rxe_captures
 
 MEMORY = 1 << 16
 OPEN, READ_ONLY, CLOSED = (BASE + 4096, 16384), (BASE + 24576, 8192), (BASE + 40960, 8192)
-"""The regions (address, length): all access; remote read only; none from outside. What lies between is nobody's."""
+"""The regions (address, length): all access; remote read only; none from outside. The gaps are in no region."""
 HERE, THERE = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])
 HERE6, THERE6 = bytes.fromhex("fd" + "00" * 14 + "01"), bytes.fromhex("fd" + "00" * 14 + "02")
 GROUP = bytes([239, 1, 2, 3])
@@ -65,7 +65,7 @@ class WatchedRam(Ram):
         super().write(address, data)
 
     def check(self) -> None:
-        """Guard bytes and the regions that nobody may write are as they were."""
+        """Guard bytes and the regions that may not be written are unchanged."""
         begin, size = OPEN
         at = begin - BASE
         if self.data[:at].strip(b"\xa5") or self.data[at + size :].strip(b"\xa5"):

@@ -131,7 +131,7 @@ def check_empty(nic: Upper, why: str) -> None:
 
 
 def run_it(nic: Upper) -> None:
-    """A restored program goes on (its process does not exist, so its memory faults), is dumped again and goes."""
+    """A restored program continues (its process does not exist, so its memory faults), is dumped again and goes."""
     loop = Loop(nic)
     for context in list(nic.adapter.contexts.values()):
         for qp in context.queue_pairs:

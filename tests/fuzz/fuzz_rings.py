@@ -4,7 +4,7 @@ Invariants, for random bytes and edge values in ring headers and indices, in wor
 lengths, inline), in doorbell, arm and mailbox bytes; for a queue file that is cut or has holes; for FIFOs that are
 filled, drained, forged or unlinked, and a directory that is removed; from one process, and from another at full speed:
 
-* nothing is raised and each round of the NIC ends (a producer index that runs for ever gets its turn like any other);
+* nothing is raised and each round of the NIC ends (a producer index that runs endlessly gets its turn like any other);
 * another program's connection sends and receives on, byte by byte;
 * no byte outside registered memory changes, nor one that the access flags protect;
 * what the NIC keeps for a queue pair is no more than its ring holds;
@@ -50,7 +50,7 @@ class Loop:
         self.now = 1000.0
 
     def round(self) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         frames, self.frames = self.frames[:64], self.frames[64:8192]
         for frame in frames:
             self.engine.receive(memoryview(bytearray(frame)), self.now)
@@ -67,7 +67,7 @@ class Loop:
             if not self.engine.frames_to_send(self.now, sink):
                 break
             self.frames += sink.frames
-        took = time.monotonic() - begun
+        took = time.monotonic() - started
         if took > ROUND_LIMIT:
             raise Violation(f"a round took {took:.1f} s")
 
@@ -108,7 +108,7 @@ class Bystander:
 
 
 def endless_producer(peer: Peer, opcode: int) -> int:
-    """Another process that keeps every queue of `peer` full, for ever. Returns its pid."""
+    """Another process that keeps every queue of `peer` full until it is killed. Returns its pid."""
     program = peer.program
     template = peer.send(5, opcode, 2, [(peer.arena.address, 8, peer.key)])
     queues = [qp.send_ring for qp in peer.qps] + [qp.receive_ring for qp in peer.qps if qp.receive_ring]
@@ -206,7 +206,7 @@ def one_round(chance: random.Random, tally: Tally) -> None:
         for _ in range(STEPS):
             here.scribbler.one()
             here.play(["round"])
-        if chance.random() < 0.5:  # while all is spoiled
+        if chance.random() < 0.5:  # while everything is damaged
             here.play(["destroy"])
 
 
@@ -218,7 +218,7 @@ def replay(_: Any, steps: list[Any], tally: Tally) -> None:
 
 
 def _race(opcode: int, loop: Loop, good: Bystander, peer: Peer) -> None:
-    """A process that posts for ever, in RTS and in ERR, local operations and datagrams that are too long too."""
+    """A process that posts without end, in RTS and in ERR, local operations and datagrams that are too long too."""
     pid = endless_producer(peer, opcode)
     try:
         for step in range(6):

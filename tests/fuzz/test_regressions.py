@@ -62,7 +62,7 @@ def test_a_fifo_swapped_for_a_link(nic: Upper, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_folder_moved_away_and_a_link_in_its_place(nic: Upper, tmp_path: Path) -> None:
-    """The NIC goes on in the folder that it made."""
+    """The NIC continues in the folder that it made."""
     program = Program(nic)
     program.objects()
     moved = tmp_path / "elsewhere"

@@ -122,7 +122,7 @@ def lab(image: Image | None) -> Iterator[Lab]:
         a.configure()
         for port in ("left", "right"):
             middle.do("sysctl", "-qw", f"net.ipv6.conf.{port}.disable_ipv6=1")
-            # QEMU reads frames one by one: a message of UC, which nobody sends again, must fit into the queue at once.
+            # QEMU reads frames one by one: a UC message, which is never retransmitted, must fit into the queue at once.
             middle.do("ip", "link", "set", port, "mtu", "9000", "txqueuelen", "10000", "up")
         cable = Cable(middle)
         stack.callback(cable.close)

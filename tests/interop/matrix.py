@@ -33,13 +33,13 @@ KNOWN: Final = {
 NOT_LISTENING: Final = re.compile(r"REJECTED[;,] (status|error):? 8|UNREACHABLE; error: 1\b|[Ee]vent rejected")
 """Said by a client of rdma_cm that came before its server listened (IBA 12.6.7.2: reason 8, no such service).
 
-perftest -R and qperf connect twice or more, and their servers listen anew in between without telling anybody: a slow
+perftest -R and qperf connect twice or more, and their servers listen again in between without any sign of it: a slow
 server is then too late. Such a case is run again from the beginning, up to `_ATTEMPTS` times in all.
 """
 _ATTEMPTS: Final = 6
 _BAD_LINK_ATTEMPTS: Final = 2
 """Where frames are lost, one may be the ACK of the last message of all, to a program whose partner has ended with it:
-nobody answers its repetitions, whoever made the NICs. And over bad links rxe 6.1 may send a request by the PSN of
+its retransmissions go unanswered, whichever NICs are used. And over bad links rxe 6.1 may send a request by the PSN of
 another one, which must be refused: the relay has seen it (`Result.renumbered`). No other failure is tried again: what
 fails once in a hundred times is a fault too."""
 MTUS: Final = (1024, 4096)
@@ -79,7 +79,7 @@ class Result:
     """Server's and client's, of a failure."""
     frames: int = 0
     impaired: int = 0
-    """RoCE frames that passed, and how many of them were lost, moved or doubled."""
+    """RoCE frames that passed, and how many of them were lost, reordered or duplicated."""
     renumbered: int = 0
     """Requests of rxe that went by other requests' PSNs."""
     before: str = ""
@@ -228,7 +228,7 @@ def _harm(lab: Lab) -> str:
 
 
 def tried(lab: Lab, case: Case, seed: int, *options: str) -> Result:
-    """As `run`, and again with fresh NICs and another seed if what failed is nobody's fault. options: of our NIC."""
+    """As `run`; again with fresh NICs and another seed if the failure has an outside cause. options: of our NIC."""
     result = run(lab, case, seed)
     for attempt in range(1, _ATTEMPTS):
         late = NOT_LISTENING.search(result.outputs[1]) is not None
@@ -243,7 +243,7 @@ def tried(lab: Lab, case: Case, seed: int, *options: str) -> Result:
 
 
 def run_all(lab: Lab, cases: Iterable[Case], seed: int, tell: Callable[[Result], None]) -> list[Result]:
-    """Run cases of one peer, in the order given; NICs are made anew when the MTU changes and after a failure."""
+    """Run cases of one peer, in the order given; NICs are recreated when the MTU changes and after a failure."""
     results: list[Result] = []
     prepared = 0
     for case in cases:

@@ -41,7 +41,7 @@ class Row:
     steady: bool = False
     """The server does not end by itself: it is ended after the client, and its exit code says nothing."""
     lossless: bool = False
-    """Waits for ever when a datagram is lost, so it runs on a clean link only."""
+    """Never ends when a datagram is lost, so it runs on a clean link only."""
     families: tuple[int, ...] = (4, 6)
     """What it can be told to use."""
     slow: int = 1

@@ -1,4 +1,4 @@
-"""Data and completions are the same whoever moves them: our NIC or Linux rxe.
+"""Data and completions are the same whichever NIC moves them: ours or Linux rxe.
 
 Invariant: every scenario of probe/data*.py gives the same lines in each of its two roles, completion by completion, as
 when rxe plays both (in the guest, over its loopback), whichever end ours plays, and whatever the link does to frames;
@@ -42,7 +42,7 @@ HANGS = {
 """Not played over such links: rxe's own fault."""
 PAIRS = ("ours>rxe", "rxe>ours", "ours>ours")
 """active>passive."""
-SPOILT = {name: {kind: 3 * rate for kind, rate in link.items()} for name, link in LINKS.items() if link}
+IMPAIRED = {name: {kind: 3 * rate for kind, rate in link.items()} for name, link in LINKS.items() if link}
 ACTIVE, PASSIVE = 0, 1
 ALLOWED: tuple[tuple[str, int, int, str, str, str], ...] = (
     ("invalidated", PASSIVE, PASSIVE, "flags 5", "flags 9",
@@ -209,7 +209,7 @@ def test_scenario(scenario: str, pair: str, with_rxe: Stage, by_ourselves: Stage
 
 
 @pytest.mark.parametrize(
-    ("scenario", "pair", "link"), [case for case in product(BAD, PAIRS, SPOILT) if case not in HANGS]
+    ("scenario", "pair", "link"), [case for case in product(BAD, PAIRS, IMPAIRED) if case not in HANGS]
 )
 def test_scenario_on_a_bad_link(scenario: str, pair: str, link: str, with_rxe: Stage, by_ourselves: Stage) -> None:
     """Losses, changes of order and duplicates change nothing that a program can see."""
@@ -217,7 +217,7 @@ def test_scenario_on_a_bad_link(scenario: str, pair: str, link: str, with_rxe: S
     impaired = 0
     for seed in range(8):
         compare(
-            scenario, pair, with_rxe.reference(scenario), stage.play(scenario, pair, {**SPOILT[link], "seed": seed})
+            scenario, pair, with_rxe.reference(scenario), stage.play(scenario, pair, {**IMPAIRED[link], "seed": seed})
         )
         impaired += sum(way[what] for way in stage.lab.cable.counts() for what in ("lost", "reordered", "duplicated"))
         if impaired >= 3:

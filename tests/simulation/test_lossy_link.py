@@ -91,7 +91,7 @@ def test_long_messages_over_a_bad_link(seed: int) -> None:
 
 
 def test_many_queue_pairs_share_the_wire_fairly() -> None:
-    """Eight QPs, one of them with a long READ to answer: nobody waits for its end."""
+    """Eight QPs, one of them with a long READ to answer: none of the others waits for its end."""
     a, b = Host(1), Host(2)
     ends = []
     for number in range(8):

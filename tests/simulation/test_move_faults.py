@@ -55,7 +55,7 @@ def test_a_lost_resume_on_an_idle_connection_is_sent_again() -> None:
     scene.finish()
     scene.b.qp.stop()
     scene.world.settle(0.1)
-    # The partner asks for something meanwhile, and is told to wait.
+    # The peer asks for something meanwhile, and gets NAK_STOPPED.
     more = Direction(scene.a, scene.b, [Op(WrOpcode.RDMA_WRITE, 5000)], 7)
     lost = [True, True]
     scene.link.drop = lambda frame: is_resume(frame) and bool(lost) and lost.pop()
@@ -77,7 +77,7 @@ def test_a_connection_that_was_never_used_moves_to_another_address(first: str) -
     world, a, b, free = idle()
     b.qp.stop()
     migrate(world, b, free, keep_address=False)
-    assert b.qp.resume_settled, "nobody waits for an answer that may not come"
+    assert b.qp.resume_settled, "no wait for an answer that may not come"
     world.settle(1)
     assert not b.context.resume_pending and b.context.peer_migros
     direction = Direction(a, b, BACK, 7) if first == "partner" else Direction(b, a, BACK, 7)

@@ -1,4 +1,4 @@
-"""Invariant: a queue pair may be moved at any moment of its traffic, by either end, and nobody can tell by the data.
+"""Invariant: a queue pair may be moved at any moment of its traffic, by either end, without a trace in the data.
 
 `traffic` says what must hold. Every test moves a live connection (dump through JSON, forgotten at the source, restored
 at another host, rerouted, resumed) and then lets the traffic end; the runs are in virtual time and deterministic.

@@ -99,14 +99,14 @@ def believe_a_wrong_icrc(monkeypatch: pytest.MonkeyPatch) -> None:
         packet = parse(frame)
         if packet != "icrc" or frame[12:14] != b"\x08\x00":
             return packet
-        mended = bytearray(frame)
+        repaired = bytearray(frame)
         end = int.from_bytes(frame[16:18]) + 10
         head = bytearray(frame[16:50])
         head[6] = head[8] = head[9] = 0xFF
         head[24:26] = b"\xff\xff"
         head[30] = 0xFF
-        mended[end : end + 4] = crc32(bytes(frame[50:end]), crc32(bytes(head), SEED_IPV4)).to_bytes(4, "little")
-        return parse(memoryview(mended))
+        repaired[end : end + 4] = crc32(bytes(frame[50:end]), crc32(bytes(head), SEED_IPV4)).to_bytes(4, "little")
+        return parse(memoryview(repaired))
 
     monkeypatch.setattr(engine, "parse", trusting)
 

@@ -1,6 +1,6 @@
 """Independent judges of a capture: tshark's dissector, scapy's ICRC, and an ICRC written here from the specification.
 
-Nothing of the NIC is imported: whoever checks the NIC's frames must not share its code.
+Nothing of the NIC is imported: a check of the NIC's frames must not share its code.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 It opens the device (or rdma_cm) again and again, each time in a child that writes random and mutated commands,
 scribbles on what it shares with the NIC, and dies at a random moment by a signal or without a word. MODE `verbs`, `cm`,
 `hoard` (thousands of objects at once), `socket` (datagrams to the bridge's socket, without the bridge), or `canary`: an
-honest program whose memory nobody may change, which prints what its peer must know to attack it and ends with 0 if all
+honest program whose memory must not change, which prints what its peer must know to attack it and ends with 0 if all
 is as it was.
 
 TALLY is a file of counters that a dying child leaves right: [errno] of commands that the NIC itself refused, and
@@ -53,7 +53,7 @@ from tests.system.hostile_device import (
 
 RUN = Path("/run/migros/nic")
 LIFE = 0.5
-"""Seconds that a child may live; it may have cut off its own answers and wait for ever."""
+"""Seconds that a child may live; it may have cut off its own answers and never end."""
 AGAIN = 0.03
 """Seconds after which the canary connects its queue pairs again, which the first wrong frame ends."""
 CREATES = {Command.ALLOC_PD: "ProtectionDomain", Command.CREATE_CQ: "CompletionQueue", Command.CREATE_QP: "QueuePair",
@@ -166,7 +166,7 @@ def strange_descriptors(chance: random.Random) -> list[Any]:
 
 
 def socket_life(chance: random.Random, counts: memoryview) -> None:
-    """Datagrams to the bridge's socket: noise, forged heads, opens of every kind, descriptors that nobody asked for."""
+    """Datagrams to the bridge's socket: noise, forged heads, opens of every kind, unsolicited descriptors."""
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sender.connect(str(RUN / "uverbs.sock"))
     held: list[int] = []
@@ -229,7 +229,7 @@ def hoard_life(chance: random.Random, counts: memoryview) -> None:
 
 
 def raise_the_clock(seconds: float) -> None:
-    """A child that waits for ever, whatever it has masked, is ended by its parent; this is for one that computes."""
+    """A child that never ends, whatever it has masked, is ended by its parent; this is for one that computes."""
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 2, int(seconds) + 2))
 
 
@@ -252,7 +252,7 @@ def nursery(mode: str, seed: int, seconds: float, counts: memoryview) -> int:
                 print(f"seed {seed}: {violation}", flush=True)
                 os._exit(1)
             except (OSError, struct.error):
-                pass  # no resources, or its own files spoiled
+                pass  # no resources, or its own files are damaged
             die(chance)
         end = time.monotonic() + (10 * LIFE if mode == "hoard" else LIFE)
         while (done := os.waitpid(child, os.WNOHANG))[0] == 0:

@@ -97,8 +97,8 @@ def main() -> None:
         sender = Sender(random.Random(seed), out.getsockname()[4], json.loads(sys.argv[5]))
         make = sender.frame if kind == "frames" else sender.mad
         sent = 0
-        begun = now = time.monotonic()
-        while now < begun + seconds:
+        started = now = time.monotonic()
+        while now < started + seconds:
             for _ in range(BURST):
                 try:
                     out.send(make())
@@ -106,7 +106,7 @@ def main() -> None:
                 except OSError:
                     continue  # longer than the interface takes, or shorter than a frame
             now = time.monotonic()
-            time.sleep(max(0.0, begun + sent / rate - now))
+            time.sleep(max(0.0, started + sent / rate - now))
         print(sent)
 
 

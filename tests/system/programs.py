@@ -50,12 +50,12 @@ connection.settimeout(30)
 lines = connection.makefile("rb")
 number, longest = 0, 0.0
 while not told:
-    begun = time.monotonic()
+    started = time.monotonic()
     text = b"%d %s\\n" % (number, b"x" * (number % 1000))
     connection.sendall(text)
     if lines.readline() != text:
         sys.exit(f"line {number} came back changed, or the connection ended")
-    longest = max(longest, time.monotonic() - begun)
+    longest = max(longest, time.monotonic() - started)
     number += 1
     if number == 50:
         print("talking", file=sys.stderr, flush=True)

@@ -164,7 +164,7 @@ class TestRun:
             quiet = [f for f in seen if naks[-1].time < f.time < first.time and f.source == "10.0.0.1"]
             assert quiet == [], "a Paused requester sends nothing"
         later = [f for f in seen if f.time > answer.time]
-        assert len(later) > 100, "the connection goes on"
+        assert len(later) > 100, "the connection continues"
 
     def test_the_answer_to_resume_acknowledges_only_what_arrived(self, run: dict[str, Any]) -> None:
         """The RESUME carries the server's first unacknowledged PSN u. If the client has it, the answer says at least u;

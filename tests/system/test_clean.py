@@ -122,7 +122,7 @@ def test_clean_after_sigkill(running: Running, decoys: list[str]) -> None:
 
     running.process.kill()
     running.process.wait()
-    assert running.left() != []  # the application's second sleep, at least, has nobody to end it
+    assert running.left() != []  # the application's second sleep, at least, is not ended by anything
 
     cleaned = testbed("clean", running.run.run_id)
     assert cleaned.returncode == 0, cleaned.stdout + cleaned.stderr

@@ -83,7 +83,7 @@ def test_a_trace_has_the_frames_of_the_capture(joined: tuple[Host, Host], tmp_pa
     for host, (trace, pcap) in files.items():
         host.control().call("trace_qp", file=str(trace))
         host.control().call("capture", file=str(pcap))
-    # Its ends wait for each other: if one left at once, nobody would repeat its last acknowledgement if that is lost.
+    # Its ends wait for each other: if one left at once, its last acknowledgement could not be repeated if it is lost.
     results = pair(*joined, ["ib_send_lat", "-x", "1", "-F", "-m", "1024", "-n", "100", "-s", "20000"])
     assert [code for code, _ in results] == [0, 0], results
     told = {}

@@ -114,7 +114,7 @@ def wait_for(true: Callable[[], bool], timeout: float = 10.0) -> None:
 
 
 def echo_ends_well(lab: Lab) -> None:
-    """The connection goes on, and both its ends are content when the client ends it."""
+    """The connection continues, and both ends exit cleanly when the client ends it."""
     time.sleep(0.3)
     lab.hosts["p"].call("signal_app", name="client", signal="SIGTERM")
     client = lab.wait_event("app_exited", app="client", timeout=60)
@@ -179,7 +179,7 @@ def test_an_established_connection_moves_in_mid_traffic(lab: Lab) -> None:
 
 
 def test_a_criu_that_cannot_restore(lab: Lab, tmp_path: Path) -> None:
-    """`criu check` is content with it, and the restore fails: the connection goes on at the source."""
+    """`criu check` accepts it, and the restore fails: the connection continues at the source."""
     wrong = tmp_path / "criu"
     wrong.write_text(
         f'#!/bin/sh\n[ "$1" = restore ] && {{ echo wrong >&2; exit 1; }}\nexec {" ".join(criu_binary.find())} "$@"\n'

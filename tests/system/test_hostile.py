@@ -334,7 +334,7 @@ def test_sockets(watch: Watch) -> None:
 
 
 def test_a_full_tmpfs(watch: Watch) -> None:
-    """A program fills the file system that it shares with the NIC: who works goes on, who comes is told by an errno."""
+    """A program fills the file system that it shares with the NIC: running programs continue, new ones get an errno."""
     host = watch.first
     assert host.run("mount", "-o", "remount,size=16m", "/run/migros").returncode == 0
     with host.control() as control:
@@ -375,9 +375,9 @@ def test_hoarders(watch: Watch) -> None:
     def ask() -> None:
         with watch.first.control() as control:
             while not over.wait(0.02):
-                begun = time.monotonic()
+                started = time.monotonic()
                 control.call("counters")
-                pauses.append(time.monotonic() - begun)
+                pauses.append(time.monotonic() - started)
 
     asker = threading.Thread(target=ask, daemon=True)
     asker.start()

@@ -153,7 +153,7 @@ def test_a_program_that_uses_rdma_cm_moves(tmp_path: Path, app: str, address: st
     assert "server DISCONNECT EVENT" in output, output
 
 
-# ---- it fails, and the program goes on -------------------------------------------------------------------------------
+# ---- it fails, and the program continues -----------------------------------------------------------------------------
 
 
 def test_the_destination_has_no_usable_criu(tmp_path: Path) -> None:
@@ -213,10 +213,10 @@ def test_the_controller_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_ctrl_c_in_mid_migration_ends_cleanly(tmp_path: Path, phase: str) -> None:
     """Exit code 130, the folder tells it, and nothing of the run is left: no frozen program, no CRIU, no namespace."""
     text = pingpong(tmp_path, SERVER).read_text()
-    begun = Run(tmp_path, text)
-    begun.wait_for(lambda event: event["event"] == "phase_started" and event["phase"] == phase, timeout=90)
-    made = begun.made()
-    begun.process.send_signal(signal.SIGINT)
-    assert begun.finish() == 130, begun.stderr
-    assert begun.summary["interrupted"]
+    stopped = Run(tmp_path, text)
+    stopped.wait_for(lambda event: event["event"] == "phase_started" and event["phase"] == phase, timeout=90)
+    made = stopped.made()
+    stopped.process.send_signal(signal.SIGINT)
+    assert stopped.finish() == 130, stopped.stderr
+    assert stopped.summary["interrupted"]
     assert made.left() == []

@@ -2,8 +2,8 @@
 
 Shared receive queues, atomics, memory windows, SENDs that take a key back, UC, UD.
 
-Invariants: nothing that a reliable service promised is lost, doubled or changed by the move, a counter that is added to
-by atomics is exact; what the unreliable ones lose while the program stands still is all that they lose. The programs
+Invariants: nothing that a reliable service promised is lost, duplicated or changed by the move, a counter that is added
+to by atomics is exact; what the unreliable ones lose while the program is frozen is all that they lose. The programs
 check it themselves (tests/system/verbs_traffic.py and verbs_windows.py, and -c of the stock one).
 """
 

@@ -56,7 +56,7 @@ def test_nothing_is_left_and_nothing_else_is_gone(tmp_path: Path) -> None:
         command("ovs-vsctl", "del-br", foreign)
 
 
-def test_a_program_that_nobody_ends_goes_with_its_host(tmp_path: Path) -> None:
+def test_a_program_left_running_ends_with_its_host(tmp_path: Path) -> None:
     with running(PAIR.replace("BW", "1000"), tmp_path) as network:
         stubborn = network.hosts["h1"].popen(
             ["unshare", "--pid", "--fork", "sh", "-c", "trap '' TERM HUP; echo on; sleep 1000; sleep 1000"],

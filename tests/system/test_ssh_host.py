@@ -78,7 +78,7 @@ def test_broken_connection_ends_the_agent_and_its_programs(address: Address) -> 
     host = Host.connect(address)
     agent = host.about["pid"]
     init = host.call("start_app", name="a", argv=["sleep", "1000"], rdma=False)["init"]
-    host._transport.close()  # no shutdown: what a killed harness looks like from there
+    host._transport.close()  # no shutdown: what a killed testbed looks like from there
     assert gone(agent) and gone(init)
     with pytest.raises(RunFailed, match="the agent has gone"):
         host.call("app_status", name="a")
@@ -110,7 +110,7 @@ def test_impostor_host(address: Address, tmp_path: Path) -> None:
         Host.connect(replace(address, host_key=other))
 
 
-def test_nobody_listens(address: Address) -> None:
+def test_no_server_listens(address: Address) -> None:
     with socket.socket() as probe:
         probe.bind((address.address, 0))
         with pytest.raises(EnvironmentProblem, match=r"no SSH connection within 0\.3 s") as caught:

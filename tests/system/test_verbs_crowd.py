@@ -91,7 +91,7 @@ def test_a_partner_of_a_killed_program_is_told(joined: tuple[Host, Host], words:
     nothing_left(server)
     code, output = finish(calling, 10 if words[0] == "rping" else 60)
     assert told in output, output
-    # rping may wait for ever then: a receive that it posts after its queue pair has failed rings no bell (as with rxe).
+    # rping may never end then: a receive that it posts after its queue pair has failed rings no bell (as with rxe).
     assert words[0] == "rping" or (code == 0) == (words[0] != "ib_write_bw"), output
     nothing_left(client)
     for code, output in pair(server, client, ["ibv_rc_pingpong", "-g", "1", "-n", "50", "-c"]):
@@ -170,7 +170,7 @@ def test_a_program_with_a_child_after_ibv_fork_init(joined: tuple[Host, Host]) -
 
 @pytest.mark.parametrize("link", [{"loss": 0.02}, {"duplicate": 0.05}, {"reorder": 0.03, "loss": 0.01}], ids=str)
 def test_atomics_are_exact_over_a_bad_link(link: dict[str, float]) -> None:
-    """The relay between two NICs loses, doubles, swaps: each addition is done once, each returns the number before."""
+    """Behind a relay that loses, duplicates, reorders: each addition is done once, each returns the number before."""
     with lab(None) as place:
         place.prepare(1024)
         place.meet()

@@ -193,7 +193,7 @@ def test_a_program_of_another_user(joined: tuple[Host, Host]) -> None:
     ],
 )
 def test_wrong_management_commands(joined: tuple[Host, Host], arguments: dict[str, object], message: str) -> None:
-    """A wrong command is answered with what is wrong; the NIC goes on."""
+    """A wrong command is answered with what is wrong, and the NIC continues."""
     with joined[0].control() as control:
         with pytest.raises(ControlError, match=re.escape(message)):
             control.call(str(arguments["command"]), **{k: v for k, v in arguments.items() if k != "command"})

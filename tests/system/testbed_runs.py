@@ -64,7 +64,7 @@ class Run:
         return result
 
     def events(self) -> list[dict[str, Any]]:
-        """events.jsonl so far. Its last line may be half written: the run goes on."""
+        """events.jsonl so far. Its last line may be half written: the run continues."""
         files = list((self.folder / "r").glob("*/*/events.jsonl"))
         return [json.loads(line) for line in files[0].read_text().split("\n")[:-1]] if files else []
 

@@ -1,4 +1,4 @@
-"""Numbered traffic that notices a message lost, doubled or changed.
+"""Numbered traffic that detects a message that was lost, duplicated or changed.
 
 Run as `-m tests.system.verbs_traffic MODE [SECONDS] [SERVER-IP]` on stock libibverbs (pyverbs) at both ends; the one
 without an address listens. Modes:
@@ -149,7 +149,7 @@ def adder(end: Endpoint, seconds: float) -> int:
 
 
 def sender(end: Endpoint, seconds: float) -> int:
-    """The client of the other modes: numbered messages, paced where nobody holds them back."""
+    """The client of the other modes: numbered messages, paced where nothing else limits them."""
     posted = completed = 0
     stop = time.monotonic() + seconds
     while completed < posted or time.monotonic() < stop:

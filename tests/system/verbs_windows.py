@@ -327,7 +327,7 @@ class Owner:
 
 
 def use(end: End) -> int:
-    """The client: does what it is told; the number of rounds."""
+    """Run the client, which does what the server asks for; returns the number of rounds."""
     rounds = 0
     busy: dict[tuple[int, int], int] = {}
     while True:

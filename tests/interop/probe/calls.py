@@ -272,7 +272,7 @@ def in_use(b: Bench) -> None:
 
 
 def run(*parts: Callable[[Bench], None]) -> None:
-    """Everything, in order; a part that cannot go on is told and the next one begins. Ends the process."""
+    """Everything, in order; a part that cannot continue is reported, and the next one starts. Ends the process."""
     for part in parts:
         print(f"# {part.__name__}")
         try:

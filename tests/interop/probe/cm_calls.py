@@ -483,10 +483,10 @@ def places(cm: Cm) -> None:
             for source in ("", "own", "own IPv6", "any", "loopback", "nobody's"):
                 made = idle(cm, space)
                 line = f"RESOLVE_ADDR of {name}{label} from {source or 'nowhere'}"
-                begun = time.monotonic()
+                started = time.monotonic()
                 begin = cm.say(line, RESOLVE_ADDR, towards(to, PLACES.get(source, b""))(cm, made[0])) is not None
                 event = cm.event(1.0) if begin else None
-                print(f"{line}, event: {event and event.text} {time.monotonic() - begun > 0.25}")
+                print(f"{line}, event: {event and event.text} {time.monotonic() - started > 0.25}")
                 route = f"{line}, RESOLVE_ROUTE"
                 if event is not None and event.kind == "ADDR_RESOLVED":
                     cm.say(route, RESOLVE_ROUTE, struct.pack("<II", made[0], 300))

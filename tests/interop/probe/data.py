@@ -1,8 +1,8 @@
 """One end of scenarios that move data, for stock pyverbs: `python3 data.py`, then orders on standard input.
 
 An order is a JSON line {"scenario", "name", "active", "peer", "port", "gids"}. The two ends of a scenario meet over
-TCP; the passive one listens. Each prints what it saw, one `= text` for a line that must be the same whoever plays the
-role, and at last `end ok` or `end failed: why`. Numbers that differ from one run to the next have names instead.
+TCP; the passive one listens. Each prints what it saw, one `= text` for a line that must be the same whichever end plays
+the role, and at last `end ok` or `end failed: why`. Numbers that differ from one run to the next have names instead.
 """
 
 from __future__ import annotations

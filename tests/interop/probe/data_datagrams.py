@@ -125,7 +125,7 @@ def datagrams(side: Side) -> None:
 
 
 def dropped(side: Side) -> None:
-    """Datagrams that nobody may get: a wrong Q_Key, an unknown queue pair, too long, no receive, a short one."""
+    """Datagrams that must not be delivered: a wrong Q_Key, an unknown queue pair, too long, no receive, a short one."""
     before = side.context.query_port(1).qkey_viol_cntr
     for name in ("good", "no receive", "Q_Key", "queue pair", "too long", "nobody's key", "short receive"):
         side.say(name)

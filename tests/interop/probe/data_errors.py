@@ -1,4 +1,4 @@
-"""Scenarios whose requests fail: whose fault it is, what each end is told, and that no memory is touched."""
+"""Scenarios whose requests fail: whose fault it is, what is reported to each end, and that no memory is touched."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refused(side: Side) -> None:
 
 
 def own_faults(side: Side) -> None:
-    """Requests that are wrong in themselves fail at their own end, and the partner goes on."""
+    """Requests that are wrong in themselves fail at their own end, and the peer continues."""
     faults: dict[str, Callable[[Link, Area], list[SGE]]] = {
         "nobody's key": lambda link, area: [SGE(area.mr.buf, 10, 0x7777)],
         "beyond": lambda link, area: [area.sge(2, 4095)],

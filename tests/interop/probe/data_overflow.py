@@ -1,4 +1,4 @@
-"""Scenarios whose completion queues are too small: what is lost, and what each end is told."""
+"""Scenarios whose completion queues are too small: what is lost, and what is reported to each end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def receives_overflow(side: Side) -> None:
 
 
 def sends_overflow(side: Side) -> None:
-    """A send queue's completions into a completion queue of one: they are lost, and the queue pair goes on."""
+    """A send queue's completions into a completion queue of one: they are lost, and the queue pair continues."""
     queue = CQ(side.context, 1) if side.active else None
     link = Link(side, send_cq=queue)
     if side.active:

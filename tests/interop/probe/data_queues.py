@@ -87,7 +87,7 @@ def shared(side: Side) -> None:
 
 
 def not_ready(side: Side) -> None:
-    """A message that finds no receive: tried again as often as the sender says; rnr_retry 7 waits for ever."""
+    """A message that finds no receive: retried as often as the sender says; rnr_retry 7 never gives up."""
     for name in ("SEND", "RDMA_WRITE_WITH_IMM"):
         for retry in (0, 2):
             link = Link(side, rnr_retry=retry)
@@ -118,7 +118,7 @@ def not_ready(side: Side) -> None:
 
 
 def drained(side: Side) -> None:
-    """SQD finishes what was begun and begins nothing; back in RTS what was posted meanwhile goes out.
+    """SQD finishes what was started and starts nothing new; back in RTS, what was posted meanwhile goes out.
 
     With the next request, that is: rxe does not look into its queue before.
     """

@@ -49,7 +49,7 @@ def pattern(seed: object, length: int) -> bytes:
 
 
 def within(seconds: float, what: Callable[[], Any]) -> Any:
-    """The result of a call that may wait for ever, or None after `seconds`: the timer's signal ends its read."""
+    """The result of a call that may never return, or None after `seconds`: the timer's signal ends its read."""
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.02)
     try:
@@ -124,7 +124,7 @@ class Side:
         self.talk.swap()
 
     def check(self, right: object, what: str) -> None:
-        """Something that must hold whoever plays the role."""
+        """Something that must hold, whichever end plays the role."""
         if not right:
             raise AssertionError(what)
 
@@ -149,7 +149,7 @@ class Side:
         self.say(f"events: {', '.join(map(str, found)) or 'none'}")
 
     def window(self, kind: int) -> MW:
-        """A memory window, freed before everything else (rxe waits for ever for a queue pair with a window)."""
+        """A memory window, freed before everything else (rxe never finishes destroying a queue pair with a window)."""
         window = MW(self.pd, kind)
         self.windows.append(window)
         return window

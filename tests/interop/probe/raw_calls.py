@@ -99,7 +99,7 @@ def init(raw: Raw, qp: int) -> None:
 
 
 def commands(b: Bench) -> None:
-    """Commands that rxe has not, cut ones, and those that stand for a doorbell."""
+    """Commands that rxe does not have, truncated ones, and those that stand for a doorbell."""
     raw = Raw(b.context)
     for number in (6, 7, 10, 12, 15, 21, 22, 29, 36, 37, 38, 40, 41, 50, 60, 0xFF):
         raw.say(f"command {number}", number, bytes(64), 64)

@@ -113,7 +113,7 @@ class Nic:
 
 
 class Net:
-    """Delivers what is on the wire to whoever has the address now; as the switches, which then write its MAC in."""
+    """Delivers frames to the host that has the address now and writes its MAC in, as the switches do."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -147,7 +147,7 @@ def conn_param(qpn: int) -> bytes:
 
 
 def move(there: Nic, here: Nic, addresses: dict[bytes, bytes] | None = None, seconds: float = 3.0) -> None:
-    """The whole of a migration; the program stands still for `seconds`."""
+    """The whole of a migration; the program is frozen for `seconds`."""
     image = there.hold()
     there.net.pass_time(seconds / 2, there, here)
     here.restore(image, addresses)

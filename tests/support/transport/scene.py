@@ -47,7 +47,7 @@ def restore(world: World, old: End, plain: dict[str, Any], host: Host, *, keep_a
     """Restore a dumped queue pair on `host` with the application's memory and queues, reroute, and resume it."""
     context = QpContext.from_plain(plain)
     assert context.path is not None
-    # A new address is nobody's: the host's own may still be in use by another queue pair that took it along.
+    # A new address belongs to no host: the host's own may still be in use by another queue pair that took it along.
     address = context.path.source_ip if keep_address else ip(100 + len(world.location))
     path = context.path.replace(source_mac=mac(host.number), source_ip=address)
     # The application's memory and queues move with its process: the same objects serve.

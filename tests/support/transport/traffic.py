@@ -5,7 +5,7 @@ The invariants, for each connection and both directions:
 * every request completes exactly once, in order, successfully, and its slot comes back;
 * every receive completes exactly once, in order, with the length and immediate that were sent;
 * at the moment of a completion its data are in memory, whole;
-* memory that nobody wrote to is untouched; an atomic is executed exactly once.
+* memory that was not written to is untouched; an atomic is executed exactly once.
 """
 
 from __future__ import annotations

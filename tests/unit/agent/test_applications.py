@@ -133,14 +133,14 @@ def test_refused_start_keeps_its_blame(world: Any) -> None:
 def test_first_end_counts_wherever_it_happens(world: Any) -> None:
     w = world("{a: {host: h1, command: x}}")
     w.apps.start_all()
-    w.exited("h2", "a", code=0)  # moved, and ended before the harness heard of the move
+    w.exited("h2", "a", code=0)  # moved, and ended before the testbed learned of the move
     w.exited("h1", "a", signal=9)
     app = w.apps.all["a"]
     assert (app.host, app.code, app.signal) == ("h2", 0, None) and app.as_expected
 
 
 def test_one_that_moved_to_a_host_whose_agent_has_gone_has_ended(world: Any) -> None:
-    """Its end was told when it was not known to be there; nobody else will tell."""
+    """Its end was reported before it was known to be there, and will not be reported again."""
     w = world("{a: {host: h1, command: x}}")
     w.apps.start_all()
     w.hosts["h2"].alive = False
@@ -159,7 +159,7 @@ def test_lost_agent_takes_its_own_programs_only(world: Any) -> None:
     assert w.apps.all["a"].signal == 9
 
 
-def test_partners_of_a_failed_program_are_ended_and_nobody_else(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partners_of_a_failed_program_are_ended_and_no_others(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FAILURE_GRACE", 0.05)
     w = world("{a: {host: h1, command: x}, b: {host: h2, command: x, after: a}, lone: {host: h3, command: x}}")
     w.apps.start_all()
@@ -185,7 +185,7 @@ def test_programs_whose_nic_has_ended_are_ended_and_then_their_partners(
     assert "the NIC of h1 has ended" in w.apps.all["a"].problems[0].error
 
 
-def test_good_end_of_a_partner_ends_nobody(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_end_of_a_partner_ends_no_other(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FAILURE_GRACE", 0.0)
     w = world("{a: {host: h1, command: x}, b: {host: h2, command: x, after: a}}")
     w.apps.start_all()

@@ -111,7 +111,7 @@ def test_init_can_be_dumped(agent: Fixture, tmp_path: Path) -> None:
     members = list(namespace_members(init))
     folder = tmp_path / "apps/app"
     links = {0: "/dev/null", 1: str(folder / "stdout"), 2: str(folder / "stderr")}
-    # A command that has just begun opens its libraries and its locale.
+    # A command that has just started opens its libraries and its locale.
     eventually(lambda: all(descriptors(pid) == links for pid in members), f"{links} are all that is open")
     for pid in members:
         flags = Path(f"/proc/{pid}/fdinfo/1").read_text().split("flags:")[1].split()[0]

@@ -62,7 +62,7 @@ def test_lines_of_many_threads_stay_whole() -> None:
     assert found == {n: list(range(50)) for n in range(4)}
 
 
-def test_send_to_nobody_raises() -> None:
+def test_send_without_a_reader_raises() -> None:
     read_fd, write_fd = os.pipe()
     os.close(read_fd)
     with pytest.raises(ChannelClosed):

@@ -1,4 +1,4 @@
-"""A host and its agent: every request gets exactly one answer, errors arrive by blame, nobody waits for the dead."""
+"""A host and its agent: each request gets exactly one answer, errors arrive by blame, a dead agent blocks no caller."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_errors_arrive_by_blame(
 ) -> None:
     with pytest.raises(kind, match=text):
         agent[0].call(op, **arguments)
-    assert agent[0].call("addresses")["addresses"][0] == "127.0.0.1", "and the agent goes on"
+    assert agent[0].call("addresses")["addresses"][0] == "127.0.0.1", "and the agent continues"
 
 
 def test_timeout_is_the_callers(agent: Fixture) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for the end of processes: each end is told once, and no other's is taken for it."""
+"""Waiting for the end of processes: each end is reported once, and no other's is taken for it."""
 
 from __future__ import annotations
 

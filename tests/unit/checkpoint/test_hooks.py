@@ -35,7 +35,7 @@ def test_an_agent_that_ends_says_no(tmp_path: Path) -> None:
     hooks.wait("post-dump", script, 10)
     hooks.close()
     assert script.wait(10) == 1
-    assert stage(hooks, "post-dump").wait(10) == 1, "nobody listens any more"
+    assert stage(hooks, "post-dump").wait(10) == 1, "there is no listener any more"
 
 
 def test_other_stages_do_not_wait(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_criu_that_died_does_not_leave_the_original_running(scene: Scene) -> N
 
 
 def test_the_longest_gap_so_far_goes_along(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the NIC knows it now: it is told to measure anew for the migration."""
+    """As the NIC knows it now: it is reset to measure the migration."""
     monkeypatch.setattr(source.criu_binary, "find", lambda: ["criu"])
     monkeypatch.setattr(source, "note_gaps", lambda agent, contexts: setattr(scene.move.app, "longest_gap", 0.3))
     monkeypatch.setattr(scene.nic, "command", lambda name, *_: {"contexts": []})

@@ -174,7 +174,7 @@ def test_a_receiver_that_is_called_off(places: tuple[Path, Path]) -> None:
                 sender.send(below(here, "app"))
 
 
-def test_nobody_there() -> None:
+def test_no_receiver() -> None:
     receiver = Receiver("127.0.0.1")
     arrival = Arrival(receiver, {}, timeout=0.1)
     assert "no image came within 0.1 s" in arrival.failed()

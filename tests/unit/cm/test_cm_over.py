@@ -1,8 +1,8 @@
 """Connections that are over, answers that come too late, and images of them.
 
 Invariants: what an id answers about a connection that is over is the same before and after a move; such a connection is
-in nobody's way at the new place; a connection whose request cannot have begun it is refused with nothing left; an
-answer for an id whose address is gone is told as unreachable.
+harmless at the new place; a connection whose request cannot have started it is refused with nothing left; an
+answer for an id whose address is gone is reported as unreachable.
 """
 
 from __future__ import annotations

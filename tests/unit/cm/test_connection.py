@@ -28,7 +28,7 @@ ANSWER_TIME = 6.144
 
 
 class Ends:
-    """An active and a passive end; the passive one appears with the first REQ and does as it is told."""
+    """An active and a passive end; the passive one appears with the first REQ and does as instructed."""
 
     def __init__(self, accepts: bool = True) -> None:
         self.active = Connection(0xA, 2 << 32)

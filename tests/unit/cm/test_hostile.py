@@ -117,7 +117,7 @@ def test_a_request_for_which_there_is_no_room_leaves_nothing(
 
 
 def test_what_the_device_refuses_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a message asks for and the device has not (any more), the NIC goes on."""
+    """Whatever a message asks for that the device does not have (any more), the NIC continues."""
     lab = Lab()
 
     def refuse(*_: object) -> None:

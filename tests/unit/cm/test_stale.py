@@ -1,4 +1,4 @@
-"""Invariant: a queue pair has one connection. Who asks for one anew has forgotten the old one (IBA 12.9.8.3.1)."""
+"""Invariant: a queue pair has one connection. A peer requesting another forgot the old one (IBA 12.9.8.3.1)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ask(scene: Scene, qpn: int, place: bytes = B) -> None:
 
 
 @pytest.mark.parametrize("qpn", [17, 19], ids=["the same queue pair", "another one"])
-def test_a_queue_pair_that_asks_anew(qpn: int) -> None:
+def test_a_queue_pair_that_requests_a_connection_again(qpn: int) -> None:
     scene = connected()
     ask(scene, qpn)
     old = State.TIMEWAIT if qpn == 17 else State.ESTABLISHED  # the client answers the DREQ of its connection
@@ -60,7 +60,7 @@ def test_nothing_is_left_of_what_is_over() -> None:
 
 
 def test_a_held_program_keeps_its_connection() -> None:
-    """The REQ is for another program's listener: the held one's connection stands still, and says nothing."""
+    """The REQ is for another program's listener: the held one's connection is frozen and sends nothing."""
     scene = connected()
     nic = scene.server
     nic.hold()

@@ -72,7 +72,7 @@ def test_attempts_end() -> None:
     w.late = []
     w.paths.look()
     w.run()
-    assert w.paths.ready_at is not None, "a later event begins anew"
+    assert w.paths.ready_at is not None, "a later event starts again"
 
 
 def test_a_newer_change_takes_over() -> None:

@@ -93,7 +93,7 @@ def test_client_and_server_talk(served: Path) -> None:
         assert client.status()["missing"] == [], "a refusal does not end the conversation"
 
 
-def test_one_who_hangs_up_disturbs_nobody(served: Path) -> None:
+def test_a_client_that_hangs_up_disturbs_no_other(served: Path) -> None:
     rude = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     rude.connect(str(served))
     rude.sendall(b'{"op": "sta')

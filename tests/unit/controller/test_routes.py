@@ -205,7 +205,7 @@ def two_switches() -> Fabric:
 
 
 def test_only_switches_whose_step_changes_are_touched() -> None:
-    """h2 and h3 hang on the same switch: the other one goes on as before."""
+    """h2 and h3 are attached to the same switch: the other one continues as before."""
     table, switches = started(two_switches())
     carry_out(table, table.prepare("10.0.0.2", "h3"), switches.send)
     touched = {change.flow.switch for stage in table.move("10.0.0.2", "h3") for change in stage}
@@ -303,7 +303,7 @@ def _all(stages: Iterable[Stage]) -> list[Change]:
 
 
 def test_an_undo_concerns_the_last_move_only() -> None:
-    """h1's address goes to h2. Then its move to h3 is begun and refused: nothing of the first move may be undone."""
+    """h1's address goes to h2. Then its move to h3 is started and refused: nothing of the first move may be undone."""
     table, switches = started(two_switches())
     assert table.undo_target(ADDRESS) is None
     carry_out(table, table.prepare(ADDRESS, "h2"), switches.send)
@@ -333,7 +333,7 @@ def test_a_second_preparation_replaces_the_first() -> None:
 
 
 def test_two_addresses_change_side_by_side() -> None:
-    """Stage by stage, in each address's own order; the longer one goes on alone."""
+    """Stage by stage, in each address's own order; the longer one continues alone."""
     flows = [Change("added", Flow("s1", "10.0.0.1", priority, 1)) for priority in range(5)]
     one, two = [(flows[0],), (flows[1],)], [(flows[2],), (flows[3],), (flows[4],)]
     assert side_by_side(one, two) == [(flows[0], flows[2]), (flows[1], flows[3]), (flows[4],)]

@@ -96,7 +96,7 @@ def _address_of(mapping: mmap.mmap) -> int:
 
 @pytest.mark.parametrize("address", [0, 8, 1 << 46])
 def test_unmapped_memory_is_a_fault(address: int) -> None:
-    """Addresses that are nobody's."""
+    """Addresses that belong to no mapping."""
     with pytest.raises(MemoryFault):
         ProcessMemory(os.getpid()).read(address, 8)
 

@@ -79,7 +79,7 @@ def test_each_fault_does_what_it_says(fault: str) -> None:
 
 
 def test_delay_is_for_every_frame() -> None:
-    """Nothing before its time; the time of the next one is told."""
+    """No frame arrives before its time, and the time of the next one is known."""
     clock = Clock()
     cable = Impairment(ImpairmentSpec(delay=0.5), 0, clock)
     cable.take(b"x" * 60)

@@ -1,7 +1,7 @@
 """The event loop, with parts that write down what it asks of them.
 
 Invariants: what lies in a socket is read before a timer acts; a doorbell is served once and armed again before the loop
-sleeps; the end of a program's doorbell is told; what is not watched any more calls nobody; whatever was served, the
+sleeps; the end of a program's doorbell is reported; what is no longer watched calls nothing; whatever was served, the
 counters' files are brought up to date.
 """
 
@@ -147,7 +147,7 @@ def test_what_an_event_has_counted_is_shown(parts: Parts, descriptors: Descripto
 
 
 def test_sockets_are_read_before_a_timer_acts(parts: Parts, descriptors: Descriptors) -> None:
-    """All that has come, also more than one batch, though nobody has said that there is anything."""
+    """All that has arrived, also more than one batch, without any notification."""
     loop = parts.loop(descriptors)
     parts.waiting_frames.extend([b"ack"] * (BATCH + 1))
     parts.timer = 0.0
@@ -208,7 +208,7 @@ def test_an_event_of_a_descriptor_is_not_for_who_has_its_number_next(descriptors
             os.close(fd)
 
 
-def test_an_ignored_program_calls_nobody(parts: Parts, descriptors: Descriptors, channel: Channel) -> None:
+def test_an_ignored_program_calls_nothing(parts: Parts, descriptors: Descriptors, channel: Channel) -> None:
     loop, program = parts.loop(descriptors), context(channel)
     loop.listen(program, lambda _: parts.log.append("ended"))
     loop.wake(program)

@@ -94,7 +94,7 @@ def test_silent_partners_are_told_but_take_nothing_back() -> None:
     consistent(world, "h3")
 
 
-def test_a_source_that_cannot_clean_up_does_not_spoil_the_migration() -> None:
+def test_a_source_that_cannot_clean_up_does_not_fail_the_migration() -> None:
     world = World()
     world.fail = {"commit": "after"}
     record = migrate(session(world), migration())

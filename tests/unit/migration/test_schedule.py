@@ -121,35 +121,35 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield make
 
 
-def begun_in_time(begun: list[int], due: list[int]) -> bool:
+def started_in_time(started: list[int], due: list[int]) -> bool:
     """At the first look that found them: the program has sent on after it, once."""
-    return begun == [size + 1 for size in due]
+    return started == [size + 1 for size in due]
 
 
 def test_bytes_count_from_the_programs_start_wherever_it_was(world: Any) -> None:
     w = world("h3 4MiB", "h1 16MiB", "h3 24MiB", "h2 40MiB", "h1 64MiB")
-    assert begun_in_time(w.run(), [4, 16, 24, 40, 64])
+    assert started_in_time(w.run(), [4, 16, 24, 40, 64])
     assert all(record.ok for record in w.schedule.records)
 
 
-def test_a_migration_by_time_before_does_not_begin_the_count_anew(world: Any) -> None:
+def test_a_migration_by_time_before_does_not_restart_the_count(world: Any) -> None:
     w = world("h3 1s", "h2 30MiB")
     w.server.started = time.monotonic() - 10  # due at once, right after the first look
-    begun = w.run()
-    assert begun[0] <= 1
-    assert begun_in_time(begun[1:], [30])
+    started = w.run()
+    assert started[0] <= 1
+    assert started_in_time(started[1:], [30])
 
 
 def test_a_roll_back_leaves_the_count_as_it_was(world: Any) -> None:
     w = world("h3 4MiB", "h1 16MiB")
     w.fail = {0}
-    assert begun_in_time(w.run(), [4, 16])
+    assert started_in_time(w.run(), [4, 16])
 
 
 def test_a_nic_that_does_not_answer_once_takes_nothing_away(world: Any) -> None:
     w = world("h3 4MiB", "h1 16MiB")
     w.silent = 3
-    assert begun_in_time(w.run(), [4, 16])
+    assert started_in_time(w.run(), [4, 16])
 
 
 @pytest.mark.parametrize(

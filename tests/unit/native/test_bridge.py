@@ -24,7 +24,7 @@ OPEN, COMMAND = 1, 2
 
 
 class PlayedNic:
-    """Receives what the bridge sends, and answers a command only when it is told to."""
+    """Receives what the bridge sends, and answers a command only on request."""
 
     def __init__(self, run: Path) -> None:
         self.run = run

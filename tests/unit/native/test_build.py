@@ -1,4 +1,4 @@
-"""Invariants: a change of any source or header is compiled anew; parts of a library are not compiled by themselves; the
+"""Invariants: a change of any source or header is recompiled; parts of a library are not compiled by themselves; the
 bridge exports names of the C library and no others; every C file gets into an installed package."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def test_parts_make_one_program_and_none_alone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["pair.h", "b.c"])
-def test_a_change_of_any_file_is_compiled_anew(folder: Path, file: str) -> None:
+def test_a_change_of_any_file_is_compiled_again(folder: Path, file: str) -> None:
     first = build.path("pair")
     assert build.path("pair") == first
     changed = folder / "pair" / file

@@ -48,7 +48,7 @@ def test_another_process_is_left_alone(tmp_path: Path) -> None:
     scheduling.as_before(tmp_path)
 
 
-def test_a_spoiled_file_is_only_removed(tmp_path: Path) -> None:
+def test_a_damaged_file_is_only_removed(tmp_path: Path) -> None:
     (tmp_path / "switch-scheduling").write_text("{")
     scheduling.as_before(tmp_path)
     assert not (tmp_path / "switch-scheduling").exists()

@@ -77,7 +77,7 @@ def test_counters_that_start_again_give_no_negative_rate() -> None:
     assert row(seen([*STORY, restart]), "h1").endswith("0 bit/s 0 bit/s")
 
 
-def test_phases_of_a_migration_never_begun_are_ignored() -> None:
+def test_phases_of_a_migration_never_started_are_ignored() -> None:
     """A listener that joined late must not fail."""
     seen([{"t": 3.0, "event": "phase_started", "index": 4, "phase": "freeze"}])
 

@@ -24,7 +24,7 @@ def migrated() -> Summary:
 
 
 def rolled_back() -> Summary:
-    """The same run, had the restore failed: the program goes on at the source."""
+    """The same run, had the restore failed: the program continues at the source."""
     summary = migrated()
     summary.ok = False
     migration = summary.migrations[0]

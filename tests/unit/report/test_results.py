@@ -118,7 +118,7 @@ class TestFolder:
 
 class TestSchema:
     def test_published_schema_is_the_models(self) -> None:
-        """If this fails: `python -m testbed.record.summary` writes the file anew."""
+        """If this fails: `python -m testbed.record.summary` writes the file again."""
         assert json.loads(SCHEMA_FILE.read_text()) == summary_schema()
 
     def test_stable_fields_are_there(self) -> None:

@@ -1,6 +1,6 @@
 """Golden errors: `errors/*.yaml` → `errors/*.txt`, letter for letter, every mistake of a file at once.
 
-After a wanted change of wording: `python tests/unit/topology/test_errors.py` writes the texts anew; read the diff.
+After a wanted change of wording: `python tests/unit/topology/test_errors.py` rewrites the texts; read the diff.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def lossy(tmp_path_factory: pytest.TempPathFactory) -> list[Trace]:
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> list[Trace]:
-    """The end b is stopped in the middle of its traffic, moves from host 2 to host 3, and goes on."""
+    """The end b is stopped in the middle of its traffic, moves from host 2 to host 3, and resumes."""
     folder = tmp_path_factory.mktemp("moved")
     scene = Scene(Link(spacing=2e-6))
     world = scene.world
@@ -50,7 +50,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> list[Trace]:
 
 
 def check(found: Layout) -> None:
-    """What holds for every layout."""
+    """Check what must hold for every layout."""
     labels = defaultdict(list)
     for arrow in found.arrows:
         assert arrow.rows == sorted(arrow.rows[:2]) + arrow.rows[2:]
@@ -128,7 +128,7 @@ def test_one_trace_alone(lossy: list[Trace]) -> None:
     found = layout(lossy[:1])
     check(found)
     assert found.columns == ["h1", "partner"]
-    assert not any(arrow.lost for arrow in found.arrows)  # nobody knows
+    assert not any(arrow.lost for arrow in found.arrows)  # there is no trace of the other end
 
 
 def test_windows(lossy: list[Trace]) -> None:

@@ -1,4 +1,4 @@
-"""Reading traces: every mistake in a file is told, sent and received packets find each other."""
+"""Reading traces: every mistake in a file is reported, sent and received packets are matched."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_each_packet_is_found_at_the_other_end(tmp_path: Path) -> None:
         assert flight.sender != flight.receiver
 
 
-def test_what_the_link_doubled_is_one_packet(tmp_path: Path) -> None:
+def test_what_the_link_duplicated_is_one_packet(tmp_path: Path) -> None:
     paths, scene = record(tmp_path, Link(seed=2, duplicate=0.1, spacing=1e-6))
     traces = [read(path) for path in paths]
     found = flights(traces, connection(traces))

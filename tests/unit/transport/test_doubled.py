@@ -1,4 +1,4 @@
-"""A NAK that the link doubles. Invariant: it counts once; retry counts are for losses, not for copies."""
+"""A NAK that the link duplicates. Invariant: it counts once; retry counts are for losses, not for copies."""
 
 from __future__ import annotations
 

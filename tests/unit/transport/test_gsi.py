@@ -30,7 +30,7 @@ def test_only_mads_come_through() -> None:
     seen: list[tuple[int, bytes]] = []
     engine.receive(memoryview(MAD.frame), 0.0)
     engine.end_of_batch(0.0)
-    assert engine.counters["refused_mad"] == 1, "nobody listens"
+    assert engine.counters["refused_mad"] == 1, "there is no listener"
     engine.gsi.on_mad = lambda packet, source, mad, now: seen.append((source, bytes(mad)))
     engine.receive(memoryview(MAD.frame), 0.0)
     engine.end_of_batch(0.0)

@@ -125,7 +125,7 @@ def test_what_waits_goes_with_its_queue_pair(end: str) -> None:
 
 
 def test_answers_leave_before_what_is_behind_them_is_executed() -> None:
-    """Half of a READ's answers have left: the SEND behind it has not come, nor is a READ behind the SEND begun."""
+    """Half of the READ answers have left: the SEND behind it has not arrived, nor has a READ behind it started."""
     scene = pair(path_mtu=256)
     scene.there.receive(7, BASE, 1000)
     scene.here.post(READ, 1, BASE, 10240)

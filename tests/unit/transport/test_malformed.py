@@ -296,11 +296,11 @@ def test_mutated_frames_of_real_traffic(seed: int) -> None:
 
     class Mutating(Link):
         def carry(self, frame: bytes, now: float) -> list[tuple[float, bytes]]:
-            spoiled = bytearray(frame)
+            damaged = bytearray(frame)
             for _ in range(randomness.randrange(1, 5)):
-                spoiled[randomness.randrange(12, len(frame))] = randomness.randrange(256)
+                damaged[randomness.randrange(12, len(frame))] = randomness.randrange(256)
             cut = frame[: randomness.randrange(len(frame))]
-            noise = [(now + self.delay, bytes(spoiled)), (now + self.delay, cut)] if spoiled != frame else []
+            noise = [(now + self.delay, bytes(damaged)), (now + self.delay, cut)] if damaged != frame else []
             return [*noise, *super().carry(frame, now)]
 
     a, b = Host(1), Host(2)

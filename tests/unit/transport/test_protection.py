@@ -28,7 +28,7 @@ def outcome(scene: Pair) -> tuple[int, list[int]]:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_a_late_duplicate_of_a_read_whose_key_was_taken_back_is_ignored(together: bool) -> None:
-    """It comes after the SEND_WITH_INV: nobody waits for its answer any more. Just before it, it is answered again."""
+    """It comes after the SEND_WITH_INV: its answer is no longer awaited. Just before it, it is answered again."""
     world, here, there = scene = pair()
     there.pd.regions[2] = Region(BASE, 1 << 16, ALL_ACCESS)
     there.receive(7, BASE, 100)

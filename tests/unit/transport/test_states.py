@@ -225,7 +225,7 @@ def test_nothing_is_sent_before_rts_but_requests_are_taken_in_rtr() -> None:
     assert here.scq.entries[0].status == WcStatus.SUCCESS
 
 
-def test_sqd_lets_begun_requests_end_and_says_so() -> None:
+def test_sqd_lets_started_requests_end_and_says_so() -> None:
     a, b = Host(1), Host(2)
     here, there = end(a, 17), end(b, 18)
     connect(here, there)
@@ -257,7 +257,7 @@ def test_error_ends_draining() -> None:
 
 
 def test_error_ends_what_is_being_read_here() -> None:
-    """Its memory may be deregistered now: nobody must be told of a fault then."""
+    """Its memory may be deregistered now: no fault may be reported then."""
     a, b = Host(1), Host(2)
     here, there = end(a, 17), end(b, 18)
     connect(here, there)

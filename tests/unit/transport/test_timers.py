@@ -177,7 +177,7 @@ def test_gap_statistics() -> None:
 
 
 def test_next_timer_is_never_late() -> None:
-    """Whoever sleeps until `next_timer` misses nothing: in a run with losses every deadline was announced."""
+    """A caller that sleeps until `next_timer` misses nothing: in a run with losses every deadline was announced."""
     here, there = end(Host(1), 17, 1 << 17), end(Host(2), 18, 1 << 17)
     connect(here, there, timeout=12)
     world = World(here.host, there.host, link=Link(7, loss=0.3))

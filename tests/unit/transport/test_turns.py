@@ -1,4 +1,4 @@
-"""A queue pair's turn to send. Invariant: what can be sent is sent, wherever a turn ends; nobody has to ring again."""
+"""A queue pair's turn to send. Invariant: what can be sent is sent, wherever a turn ends, without a second doorbell."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_resume_behind_answers_that_fill_the_turn() -> None:
 
 
 @pytest.mark.parametrize("smaller", [2, 8, 16, 32, 64])
-def test_a_window_that_shrinks_while_nobody_was_asked_for_an_ack(smaller: int) -> None:
+def test_a_window_that_shrinks_while_no_ack_was_requested(smaller: int) -> None:
     """Without an ACK timer nothing else would ever ask for one."""
     scene = pair(path_mtu=256, timeout=0)
     engine = scene.here.host.engine

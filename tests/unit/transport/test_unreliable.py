@@ -1,5 +1,5 @@
 """UC and UD. Invariants: a message is delivered whole, intact and once, or not at all; nothing is answered; what cannot
-be delivered is counted, costs no receive and disturbs nobody. Against rxe's captures, byte for byte.
+be delivered is counted, costs no receive and disturbs no other queue pair. Against rxe's captures, byte for byte.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def test_uc_receive_that_is_too_short_ends_the_queue_pair() -> None:
 
 
 @pytest.mark.parametrize("kind", [QpType.UC, QpType.UD])
-def test_memory_that_is_gone_is_answered_to_nobody(kind: QpType) -> None:
+def test_memory_that_is_gone_is_not_answered(kind: QpType) -> None:
     """The queue pair fails as one of RC does, but keeps no NAK, which it could never send, and counts none."""
     a, b = uc_pair() if kind == QpType.UC else ud_pair()
     b.receive(1, BASE, 500)

@@ -133,7 +133,7 @@ def test_an_answer_that_a_datagram_queue_pair_had(program: Program, second_upper
 
 
 def test_address_handles_that_moved_here_share_their_numbers(full: Program, second_upper: Make, tmp_path: Path) -> None:
-    """A number is free once nobody here has it: else a program's next handle could take another's destination."""
+    """A number is free once it is unused here: else a program's next handle could take another's destination."""
     other = second_upper()
     adapter = other.adapter
     local = Program(other, "open-5")

@@ -150,7 +150,7 @@ def test_a_fifo_that_is_a_link_or_a_file_is_ignored(upper: Upper, program: Progr
     assert (upper.run / "ctx" / "open-8").read_text() == "precious"
 
 
-def test_noise_is_answered_and_harms_nobody(upper: Upper, program: Program) -> None:
+def test_noise_is_answered_and_harms_no_program(upper: Upper, program: Program) -> None:
     """Random commands, lengths and bodies: an answer each (an errno or success), and the next program works."""
     made = program.objects()
     noise = random.Random(1)

@@ -1,7 +1,7 @@
 """A NIC that has no descriptor left.
 
-Invariants: it goes on; a program that lives keeps its objects, and what was refused can be repeated; a program that has
-ended does not.
+Invariants: it continues; a program that lives keeps its objects, and what was refused can be repeated; a program that
+has ended does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands past the C library: cut ones, those that rxe has not, doorbells, multicast groups.
+"""Commands past the C library: truncated ones, those that rxe does not have, doorbells, multicast groups.
 
 Invariant: the errnos are those of Linux 6.1 with rxe (compared with it in tests/interop/probe/raw_calls.py).
 """

@@ -27,7 +27,7 @@ PRODUCER, CONSUMER = 128, 256
 
 
 def ignore(_offset: int, _size: int) -> None:
-    """Nobody wants the range back."""
+    """Ignore a range that is given back."""
 
 
 class Shared:

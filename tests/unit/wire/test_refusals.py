@@ -124,7 +124,7 @@ def test_random_bytes_never_raise(noise: bytes) -> None:
 
 @given(st.integers(0, len(GOOD) * 8 - 1))
 def test_one_flipped_bit_is_refused_or_harmless(bit: int) -> None:
-    """Whatever the bit: refused, or one of those that routers may change (or that nobody reads), and data intact."""
+    """Whatever the bit: refused, or one of those that routers may change (or that are not read), and data intact."""
     frame = bytearray(GOOD)
     frame[bit // 8] ^= 1 << bit % 8
     packet = parse(memoryview(frame))
