@@ -1,4 +1,4 @@
-"""Taking away what a run has left: exactly what its state file says, see `testbed.cleanup.state` for the rules.
+"""Removing what a run has left: exactly what its state file lists; see `testbed.cleanup.state` for the rules.
 
 Standard library only.
 """
@@ -11,23 +11,40 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from testbed.cleanup.state import FACT, KINDS, RUN_VARIABLE, Run, call, exists, mounts, start_time
 
+SURVIVED: Final = "it was killed and is still there"
 
-def clean(run: Run) -> list[str]:
-    """Remove everything that `run` recorded, then its folder. Returns one line for each thing removed or not removable.
 
-    Can be called again after a failure: what is gone is passed over. The state file stays while anything is left.
+@dataclass(frozen=True)
+class Removal:
+    """One thing that a run left, and what became of it. `str()` describes it on one line."""
+
+    kind: str
+    """One of `state.KINDS`."""
+    what: str
+    """Its name, path, or pid with the command line."""
+    problem: str | None = None
+    """Why it is still there; None: it was removed."""
+
+    def __str__(self) -> str:
+        text = f"{self.kind.replace('_', ' ')} {self.what}"
+        if self.problem is None:
+            return text
+        return f"{text}: {'NOT ended' if self.kind == 'process' else 'NOT removed'}: {self.problem}"
+
+
+def clean(run: Run) -> list[Removal]:
+    """Remove everything that `run` recorded, then its folder.
+
+    Returns one record for each thing that was there, removed or not. It can be called again after a failure: what is
+    gone is passed over, and the state file stays while anything is left.
     """
-    done: list[str] = []
-    failed = False
-    ended, left = _end_processes(run)
-    done += ended
-    for pid in left:
-        failed = True
-        done.append(f"process {pid} ({_command(pid)}): NOT ended: it was killed and is still there")
+    removals = _end_processes(run)
     for kind in KINDS[2:]:
         for entry in reversed(run.entries):
             if entry["kind"] != kind:
@@ -37,16 +54,15 @@ def clean(run: Run) -> list[str]:
                 continue
             problem = _remove(kind, what)
             if problem is not None and not exists(kind, what):
-                continue  # it went by itself meanwhile: the kernel takes a dead namespace's links away when it likes
-            failed |= problem is not None
-            done.append(f"{kind.replace('_', ' ')} {what}" + (f": NOT removed: {problem}" if problem else ""))
-    if not failed:
+                continue  # the kernel removed it meanwhile: it takes a dead namespace's links away when it likes
+            removals.append(Removal(kind, what, problem))
+    if all(removal.problem is None for removal in removals):
         shutil.rmtree(run.directory, ignore_errors=True)
-    return done
+    return removals
 
 
 def _remove(kind: str, what: str) -> str | None:
-    """Remove one thing; the reason if that failed."""
+    """Remove one thing; return the reason if that failed."""
     try:
         if kind == "link":
             return call("ip", "link", "delete", what)
@@ -68,7 +84,7 @@ def _remove(kind: str, what: str) -> str | None:
 
 
 def _remove_tree(path: str) -> None:
-    """As rmtree, but never into something mounted below (that would be other people's files)."""
+    """Remove a folder, unless something is mounted below it: that would be somebody else's files."""
     real = os.path.realpath(path)
     below = [mount for mount in mounts() if mount == real or mount.startswith(real + "/")]
     if below:
@@ -124,55 +140,77 @@ def _own_line() -> set[int]:
 
 
 def processes(run: Run) -> dict[int, int]:
-    """Every live process of `run`: pid → start time. See the module's text for what makes a process ours."""
-    ours: dict[int, int] = {}
-    for entry in run.entries:
-        if entry["kind"] in ("process", "host") and entry.get("start") is not None:
-            if start_time(entry["pid"]) == entry["start"]:
-                ours[entry["pid"]] = entry["start"]
+    """Every live process of `run`: pid → start time. `testbed.cleanup.state` says what makes a process the run's."""
     everyone = [pid for pid in _pids() if pid > 1]
-    for pid in everyone:
-        if pid not in ours and _marked(pid, run.run_id):
-            start = start_time(pid)
-            if start is not None:
-                ours[pid] = start
-    machine = {_net_namespace(1), _net_namespace(os.getpid()), ""}
-    spaces = {_net_namespace(pid) for pid in ours} - machine
-    parents = {pid: _parent(pid) for pid in everyone}
+    found = _recorded(run) | _with_mark(run, everyone)
+    found |= _started(_in_namespaces_of(everyone, found))
+    found |= _started(_descendants(everyone, found))
     spared = _own_line()
-    for pid in everyone:
-        ancestor = pid
-        while ancestor > 1 and ancestor not in ours:
-            ancestor = parents.get(ancestor, 0)
-        if ancestor > 1 or _net_namespace(pid) in spaces:
-            start = start_time(pid)
-            if start is not None:
-                ours[pid] = start
-    return {pid: start for pid, start in ours.items() if pid not in spared}
+    return {pid: start for pid, start in found.items() if pid not in spared}
 
 
-def _end_processes(run: Run, patience: float = 20.0) -> tuple[list[str], list[int]]:
-    """SIGKILL all of `run`'s processes, again until none is left or `patience` seconds have passed.
+def _recorded(run: Run) -> dict[int, int]:
+    """The recorded processes that still are what was recorded: a recycled pid has another start time."""
+    return {
+        entry["pid"]: entry["start"]
+        for entry in run.entries
+        if entry["kind"] in ("process", "host")
+        and entry.get("start") is not None
+        and start_time(entry["pid"]) == entry["start"]
+    }
 
-    Returns a line for each, and the pids that are still there: a process needs processor time to die, and those with
-    idle priority get little of it on a busy machine. Not SIGTERM first: whoever calls this has no use for an orderly
-    end any more, and a frozen program would not see it.
+
+def _with_mark(run: Run, everyone: list[int]) -> dict[int, int]:
+    """The processes that carry the run's mark in their environment."""
+    return _started([pid for pid in everyone if _marked(pid, run.run_id)])
+
+
+def _descendants(everyone: list[int], known: dict[int, int]) -> list[int]:
+    """The processes that descend from a known one."""
+    parents = {pid: _parent(pid) for pid in everyone}
+
+    def descends(pid: int) -> bool:
+        while pid > 1 and pid not in known:
+            pid = parents.get(pid, 0)
+        return pid > 1
+
+    return [pid for pid in everyone if descends(pid)]
+
+
+def _in_namespaces_of(everyone: list[int], known: dict[int, int]) -> list[int]:
+    """The processes in the network namespaces of known ones, unless these are the machine's."""
+    machine = {_net_namespace(1), _net_namespace(os.getpid()), ""}
+    spaces = {_net_namespace(pid) for pid in known} - machine
+    return [pid for pid in everyone if _net_namespace(pid) in spaces]
+
+
+def _started(pids: list[int]) -> dict[int, int]:
+    """pid → start time of those that are alive."""
+    return {pid: start for pid in pids if (start := start_time(pid)) is not None}
+
+
+def _end_processes(run: Run, patience: float = 20.0) -> list[Removal]:
+    """SIGKILL all of `run`'s processes, repeatedly until none is left or `patience` seconds have passed.
+
+    A process needs processor time to die, and those with idle priority get little of it on a busy machine. There is no
+    SIGTERM first: a caller has no use for an orderly end any more, and a frozen program would not see the signal.
     """
-    done: list[str] = []
+    killed: dict[int, str] = {}
     deadline = time.monotonic() + patience
     if run.alive and run.owner_pid not in _own_line():
         run.entries.append({"kind": "process", "token": "owner", "pid": run.owner_pid, "start": run.owner_start})
-    while (found := processes(run)) and time.monotonic() < deadline:
-        for pid, start in found.items():
+    while (left := processes(run)) and time.monotonic() < deadline:
+        for pid, start in left.items():
             name = _command(pid)
             if start_time(pid) == start:
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
-                done.append(f"process {pid} ({name})")
+                killed.setdefault(pid, name)
         time.sleep(0.05)
-    return list(dict.fromkeys(done)), list(found)
+    ended = [Removal("process", f"{pid} ({name})") for pid, name in killed.items() if pid not in left]
+    return ended + [Removal("process", f"{pid} ({killed.get(pid) or _command(pid)})", SURVIVED) for pid in left]
 
 
 def _command(pid: int) -> str:

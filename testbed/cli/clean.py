@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from testbed.cleanup.state import Run
 
 
 def clean(
@@ -15,7 +18,6 @@ def clean(
 ) -> int:
     """Remove what killed runs left. Processes, links, bridges, mounts, files; live runs are left alone."""
     from testbed.base.errors import BadInput, EnvironmentProblem, Exit
-    from testbed.cleanup import clean as cleanup
     from testbed.cleanup import state
     from testbed.network import fixtures
 
@@ -25,21 +27,25 @@ def clean(
             raise BadInput("no such run", where=run_id, hint="testbed status lists them")
     if runs and os.geteuid() != 0:
         raise EnvironmentProblem("cannot remove what root has made", hint=f"sudo {sys.executable} -m testbed clean")
-    failed = False
-    for run in runs:
-        if run_ids and run.run_id not in run_ids:
-            continue
-        if run.alive and not force:
-            typer.echo(f"{run.run_id}: live (pid {run.owner_pid}), left alone (--force ends it)")
-            continue
-        lines = cleanup.clean(run)
-        for line in lines:
-            typer.echo(f"{run.run_id}: removed {line}" if "NOT removed" not in line else f"{run.run_id}: {line}")
-        failed |= any("NOT removed" in line for line in lines)
-        if not lines:
-            typer.echo(f"{run.run_id}: nothing was left")
+    chosen = [run for run in runs if not run_ids or run.run_id in run_ids]
+    failed = [run.run_id for run in chosen if not _clean_one(run, force)]
     if os.geteuid() == 0:
         fixtures.clean()
     if not runs:
         typer.echo("nothing to clean")
     return Exit.ENVIRONMENT if failed else Exit.OK
+
+
+def _clean_one(run: Run, force: bool) -> bool:
+    """Clean up after one run, unless it is live; False when something could not be removed."""
+    from testbed.cleanup import clean as cleanup
+
+    if run.alive and not force:
+        typer.echo(f"{run.run_id}: live (pid {run.owner_pid}), left alone (--force ends it)")
+        return True
+    removals = cleanup.clean(run)
+    for removal in removals:
+        typer.echo(f"{run.run_id}: {'removed ' if removal.problem is None else ''}{removal}")
+    if not removals:
+        typer.echo(f"{run.run_id}: nothing was left")
+    return all(removal.problem is None for removal in removals)

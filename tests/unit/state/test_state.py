@@ -16,6 +16,7 @@ import pytest
 from testbed.base.errors import EnvironmentProblem
 from testbed.cleanup import clean as cleanup
 from testbed.cleanup import state
+from testbed.cleanup.clean import Removal
 from testbed.cleanup.state import RUN_VARIABLE, RunState
 
 R1, R2 = (f"r{number}-{uuid.uuid4().hex[:8]}" for number in (1, 2))
@@ -138,7 +139,7 @@ state.record("file", path=theirs / "never made")
 """,
     )
     assert not run.alive
-    assert sorted(cleanup.clean(run)) == sorted([f"directory {mine}", f"file {theirs}/new"])
+    assert sorted(map(str, cleanup.clean(run))) == sorted([f"directory {mine}", f"file {theirs}/new"])
     assert [path.name for path in theirs.iterdir()] == ["file"]
     assert not mine.exists() and state.runs(base) == []
 
@@ -172,8 +173,8 @@ Path({str(pids)!r}).write_text(f"{{recorded.pid}} {{marked.pid}}")
 def test_what_cannot_be_killed_is_told_and_stays_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed process that gets no processor time: a second clean must be able to find it."""
     run = written_by_a_dead_process(tmp_path / "runs", R1, "")
-    monkeypatch.setattr(cleanup, "_end_processes", lambda run: ([], [1]))
-    (line,) = cleanup.clean(run)
+    monkeypatch.setattr(cleanup, "_end_processes", lambda run: [Removal("process", "1 (init)", cleanup.SURVIVED)])
+    (line,) = map(str, cleanup.clean(run))
     assert line.startswith("process 1 (") and "NOT ended" in line
     assert state.runs(tmp_path / "runs") != []
 
@@ -205,11 +206,11 @@ def test_folder_with_something_mounted_below_is_kept(tmp_path: Path, monkeypatch
         f"d = Path({str(tmp_path / 'd')!r}); state.record('directory', path=d); (d / 'sub').mkdir(parents=True)",
     )
     monkeypatch.setattr(cleanup, "mounts", lambda: {str(tmp_path / "d/sub")})
-    assert "NOT removed" in cleanup.clean(run)[0]
+    assert "NOT removed" in str(cleanup.clean(run)[0])
     assert (tmp_path / "d/sub").exists()
     assert state.runs(tmp_path / "runs") != []  # still known, so that a second clean can finish it
     monkeypatch.undo()
-    assert cleanup.clean(state.read(tmp_path / "runs" / R1)) == [f"directory {tmp_path}/d"]
+    assert list(map(str, cleanup.clean(state.read(tmp_path / "runs" / R1)))) == [f"directory {tmp_path}/d"]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_a_removal_without_an_answer_is_told_and_the_rest_goes(tmp_path: Path, m
 
     monkeypatch.setattr(cleanup, "call", hang)
     monkeypatch.setattr(cleanup, "exists", lambda kind, what: True)
-    told, removed = cleanup.clean(run)
+    told, removed = map(str, cleanup.clean(run))
     assert told.startswith("link m-eth0: NOT removed: ") and "30 seconds" in told
     assert removed == f"file {file}" and not file.exists()
     assert [entry["kind"] for entry in state.read(run.directory).entries] == ["link", "file"]
