@@ -8,12 +8,11 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
-from testbed.agent.operations import OperationError, operation
+from testbed.agent.operations import OperationError
 from testbed.agent.service import Agent
 from testbed.base import ip6
 
 
-@operation("address_add")
 def address_add(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
     """Add `ip`/`prefix` to the data interface. Idempotent. (The controller answers ARP, so nothing is announced.)"""
     _run("ip", "address", "replace", f"{ip}/{prefix}", "dev", agent.interface)
@@ -22,7 +21,6 @@ def address_add(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
     return {}
 
 
-@operation("address_del")
 def address_del(agent: Agent, *, ip: str) -> dict[str, Any]:
     """Remove `ip` and the IPv6 address beside it, whatever their prefixes. Fine if they are not there."""
     wanted = ip6.both(ip)
@@ -32,7 +30,6 @@ def address_del(agent: Agent, *, ip: str) -> dict[str, Any]:
     return {}
 
 
-@operation("addresses")
 def list_addresses(agent: Agent) -> dict[str, Any]:
     """Addresses of the data interface: {"addresses": [ip, …]}."""
     return {"addresses": addresses(agent.interface)}

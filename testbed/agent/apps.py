@@ -12,34 +12,14 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from softroce_ext.native import build
-from testbed.agent.operations import OperationError, operation
+from testbed.agent.operations import OperationError
 from testbed.agent.processes import command_name, inner_pid, namespace_members, send_signal, wait_ended
+from testbed.agent.records import App
 from testbed.agent.service import Agent
-
-
-@dataclass
-class App:
-    """One application as this host knows it."""
-
-    name: str
-    directory: Path
-    argv: list[str]
-    env: dict[str, str]
-    init: int
-    """pid of its init, seen from the host; what is signalled, watched, dumped."""
-    launcher: subprocess.Popen[bytes] | None = None
-    """The process outside the namespace; None for one that came by migration."""
-    ended: dict[str, Any] | None = None
-    """How it ended: {"code": N} or {"signal": N}, and `at`, UNIX seconds; None while it runs."""
-    uses_nic: bool = False
-    """The NIC was seen to have a context of it."""
-    longest_gap: float | None = None
-    """Longest time between two completions, seconds, as far as the NIC was asked (`poll_nic`)."""
 
 
 def app_directory(agent: Agent, name: str) -> Path:
@@ -55,7 +35,6 @@ def find_app(agent: Agent, name: str) -> App:
         raise OperationError(f"no application {name!r} on host {agent.host}") from None
 
 
-@operation("start_app")
 def start_app(
     agent: Agent,
     *,
@@ -187,7 +166,6 @@ def release(agent: Agent, name: str) -> App:
     return app
 
 
-@operation("app_status")
 def app_status(agent: Agent, *, name: str) -> dict[str, Any]:
     """State of one application: init, ended, processes [{pid, inner, name}], listening TCP ports."""
     app = find_app(agent, name)
@@ -200,7 +178,6 @@ def app_status(agent: Agent, *, name: str) -> dict[str, Any]:
     }
 
 
-@operation("wait_app_ready")
 def wait_app_ready(agent: Agent, *, name: str, patience: float) -> dict[str, Any]:
     """Wait until the application listens on a TCP port (every server of perftest and rdma-core does) or has ended.
 
@@ -244,7 +221,6 @@ def _listening(pids: list[int]) -> set[int]:
     return found
 
 
-@operation("signal_app")
 def signal_app(agent: Agent, *, name: str, signal: int | str) -> dict[str, Any]:
     """Send a signal, by number or name ("SIGTERM"); app_init forwards SIGTERM and SIGINT to the command.
 

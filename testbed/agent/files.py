@@ -7,14 +7,13 @@ import os
 from typing import Any
 
 from testbed.agent.apps import app_directory
-from testbed.agent.operations import OperationError, operation
+from testbed.agent.operations import OperationError
 from testbed.agent.service import Agent
 
 CHUNK = 8 << 20
 """Bytes of one `read_file` answer at most."""
 
 
-@operation("read_log")
 def read_log(agent: Agent, *, name: str, stream: str = "stdout", limit: int = 1 << 20) -> dict[str, Any]:
     """The last `limit` bytes of an application's stream as text: {"text", "size"}; empty if there is none."""
     if stream not in ("stdout", "stderr"):
@@ -22,7 +21,6 @@ def read_log(agent: Agent, *, name: str, stream: str = "stdout", limit: int = 1 
     return _tail(str(app_directory(agent, name) / stream), limit)
 
 
-@operation("read_nic_log")
 def read_nic_log(agent: Agent, *, limit: int = 1 << 20) -> dict[str, Any]:
     """The last `limit` bytes of the NIC's log: {"text", "size"}."""
     return _tail(str(agent.root / "nic.log"), limit)
@@ -38,7 +36,6 @@ def _tail(path: str, limit: int) -> dict[str, Any]:
         return {"text": "", "size": 0}
 
 
-@operation("read_file")
 def read_file(agent: Agent, *, path: str, offset: int = 0) -> dict[str, Any]:
     """Up to CHUNK bytes of any file from `offset`: {"base64", "size"}."""
     try:

@@ -1,59 +1,33 @@
-"""The operations of the host that an application comes to. The order of all is in `agent_ops`."""
+"""The operations of the host that an application arrives at. `testbed.agent.table` shows the order of all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from testbed.agent import addresses, apps
 from testbed.agent.move_stages import NIC_IMAGE, NIC_SECONDS, blame, collect, keep_logs, phase, workspace
 from testbed.agent.nic import running_nic
-from testbed.agent.operations import OperationError, operation
+from testbed.agent.operations import OperationError
 from testbed.agent.processes import inner_pid
+from testbed.agent.records import Incoming
 from testbed.agent.service import Agent
 from testbed.agent.transfer import Receiver
 from testbed.base import ip6
 from testbed.checkpoint import criu_binary, inventory, tree
+from testbed.checkpoint.hooks import CriuFailed
 from testbed.checkpoint.restore import FIRST_IMAGE, Restore
+
+ADDRESS_STAYED = "the program has a TCP connection or listener on its address: use address: keep"
 
 ACK_SECONDS = 3.0
 """How long the program waits, frozen, for every partner to acknowledge its RESUME."""
 
 
-@dataclass
-class Incoming:
-    """A migration that comes to this host."""
-
-    migration: str
-    app: str
-    argv: list[str]
-    env: dict[str, str]
-    policy: int
-    folder: Path
-    receiver: Receiver
-    longest_gap: float | None = None
-    """Between two completions, before it left; seconds."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    restore: Restore | None = None
-    contexts: list[str] = field(default_factory=list)
-    """Contexts that the NIC has restored for it."""
-    address: str | None = None
-    """Address that was added for it."""
-    gid: str | None = None
-    """Address that was entered in the NIC's GID table for it."""
-    done: bool = False
-    """Taken over or aborted."""
-
-
-_INCOMING: dict[str, Incoming] = {}
-
-
-@operation("migrate_prepare")
 def migrate_prepare(
     agent: Agent,
     *,
@@ -74,7 +48,7 @@ def migrate_prepare(
     present = agent.apps.get(app)
     if present is not None and present.ended is None:
         raise OperationError(f"application {app!r} runs on this host already", blame="input")
-    if migration in _INCOMING:
+    if migration in agent.incoming:
         raise OperationError(f"migration {migration!r} exists already", blame="input")
     with blame():
         criu = criu_binary.usable()
@@ -82,7 +56,7 @@ def migrate_prepare(
             running_nic(agent).command("status", {}, NIC_SECONDS)
         folder = workspace(agent, migration, "in")
         move = Incoming(migration, app, argv, env, policy, folder, Receiver(listen), longest_gap)
-        _INCOMING[migration] = move
+        agent.incoming[migration] = move
         agent.at_end(lambda: _abort(agent, move))
         try:
             directory = apps.app_directory(agent, app)
@@ -99,7 +73,6 @@ def migrate_prepare(
     }
 
 
-@operation("migrate_receive")
 def migrate_receive(
     agent: Agent,
     *,
@@ -113,7 +86,7 @@ def migrate_receive(
     `addresses_moved`: {address of the queue pairs at the source: address here}; equal for one that moves along.
     `add_address`: address to be added to the data interface. Returns {"contexts": […]}.
     """
-    move = _incoming(migration)
+    move = _incoming(agent, migration)
     with move.lock, blame():
         restore = move.restore
         if restore is None or move.done:
@@ -147,8 +120,13 @@ def migrate_receive(
                 )
                 move.contexts = [str(context["id"]) for context in answer["contexts"]]
         with phase(agent, migration, "restore_process"):
-            restore.begin(inventory.nothing_locked(received.kept[first]))
-            restore.wait_restored()
+            try:
+                restore.begin(inventory.nothing_locked(received.kept[first]))
+                restore.wait_restored()
+            except CriuFailed as error:
+                if add_address is None and error.has(errno.EADDRNOTAVAIL):
+                    raise OperationError(str(error), hint=ADDRESS_STAYED) from error
+                raise
     return {"contexts": move.contexts}
 
 
@@ -163,7 +141,6 @@ def _add_address(agent: Agent, move: Incoming, address: str | None, prefix: int,
         failed.append(error)
 
 
-@operation("migrate_resume")
 def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str, Any]:
     """Join the restored process with its NIC objects, tell every partner by RESUME from `source_ip`, let it run.
 
@@ -171,7 +148,7 @@ def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str,
     whatever else fails. Returns {"init", "resume", "problem"}: its new init, what the NIC said of the RESUMEs, and what
     went wrong after the point of no return, or None.
     """
-    move = _incoming(migration)
+    move = _incoming(agent, migration)
     with move.lock, blame():
         restore = move.restore
         if restore is None or move.done:
@@ -199,13 +176,13 @@ def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str,
             restore.release()
             tree.change_policy(init, os.SCHED_OTHER, move.policy)
         shutil.rmtree(move.folder, ignore_errors=True)
+        agent.incoming.pop(migration, None)
     return {"init": init, "resume": answer, "problem": "; ".join(problems) or None}
 
 
-@operation("migrate_abort")
 def migrate_abort(agent: Agent, *, migration: str) -> dict[str, Any]:
     """Remove whatever there is of an incoming migration. Returns {"aborted": bool}: False if there was none."""
-    move = _INCOMING.get(migration)
+    move = agent.incoming.get(migration)
     if move is None:
         return {"aborted": False}
     move.receiver.close()  # a receive that waits ends, and gives the lock back
@@ -218,6 +195,7 @@ def _abort(agent: Agent, move: Incoming) -> None:
     if move.done:
         return
     move.done = True
+    agent.incoming.pop(move.migration, None)
     move.receiver.close()
     if move.restore is not None:
         move.restore.abort()
@@ -234,8 +212,8 @@ def _abort(agent: Agent, move: Incoming) -> None:
     keep_logs(agent, move.folder)
 
 
-def _incoming(migration: str) -> Incoming:
+def _incoming(agent: Agent, migration: str) -> Incoming:
     try:
-        return _INCOMING[migration]
+        return agent.incoming[migration]
     except KeyError:
         raise OperationError(f"no migration {migration!r} comes to this host") from None

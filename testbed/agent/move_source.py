@@ -1,4 +1,4 @@
-"""The operations of the host that an application leaves. The order of all is in `agent_ops`."""
+"""The operations of the host that an application leaves. `testbed.agent.table` shows the order of all."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import contextlib
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from testbed.agent import addresses, apps, transfer
 from testbed.agent.move_stages import NIC_IMAGE, NIC_SECONDS, blame, collect, keep_logs, phase, phase_ended, workspace
 from testbed.agent.nic import note_gaps, running_nic
-from testbed.agent.operations import OperationError, operation
+from testbed.agent.operations import OperationError
 from testbed.agent.processes import send_signal, wait_ended
+from testbed.agent.records import Outgoing
 from testbed.agent.service import Agent
 from testbed.agent.transfer import Sender
 from testbed.base import ip6
@@ -28,31 +26,6 @@ from testbed.checkpoint.inventory import BadImage
 from testbed.checkpoint.restore import FIRST_IMAGE
 
 
-@dataclass
-class Outgoing:
-    """A migration that leaves this host."""
-
-    migration: str
-    app: apps.App
-    folder: Path
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    sender: Sender | None = None
-    dump: Dump | None = None
-    contexts: list[str] = field(default_factory=list)
-    """Contexts that the NIC holds for it."""
-    policy: int | None = None
-    """Scheduling policy that the program had, once it has been taken from it."""
-    gid: str | None = None
-    """Address that the NIC has given up for it."""
-    held: bool = False
-    done: bool = False
-    """Committed or rolled back."""
-
-
-_OUTGOING: dict[str, Outgoing] = {}
-
-
-@operation("migrate_begin")
 def migrate_begin(agent: Agent, *, app: str) -> dict[str, Any]:
     """What others have to know of an application that is about to leave: {argv, env, pids, policy, longest_gap}.
 
@@ -75,7 +48,6 @@ def migrate_begin(agent: Agent, *, app: str) -> dict[str, Any]:
     }
 
 
-@operation("migrate_send")
 def migrate_send(
     agent: Agent,
     *,
@@ -98,12 +70,12 @@ def migrate_send(
     found = apps.find_app(agent, app)
     if found.ended is not None:
         raise OperationError(f"application {app!r} has ended already")
-    if migration in _OUTGOING:
+    if migration in agent.outgoing:
         raise OperationError(f"migration {migration!r} exists already", blame="input")
     with blame():
         criu = criu_binary.find()
         move = Outgoing(migration, found, workspace(agent, migration, "out"))
-        _OUTGOING[migration] = move
+        agent.outgoing[migration] = move
         with move.lock:
             try:
                 sent = _send(agent, move, criu, lambda: Sender(address, port, token, source))
@@ -159,13 +131,12 @@ def _send(agent: Agent, move: Outgoing, criu: list[str], connect: Callable[[], S
     }
 
 
-@operation("migrate_commit")
 def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None = None) -> dict[str, Any]:
     """The application runs at the destination: kill the original, forget its NIC objects, give up its address.
 
     Returns {"problems": […]}: what could not be cleaned up; the migration has succeeded nevertheless.
     """
-    move = _outgoing(migration)
+    move = _outgoing(agent, migration)
     problems: list[str] = []
     with move.lock, phase(agent, migration, "commit"):
         if move.done or move.dump is None:
@@ -193,13 +164,13 @@ def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None =
         with collect(problems):
             _remove_lock(move)
         shutil.rmtree(move.folder, ignore_errors=True)
+        agent.outgoing.pop(migration, None)
     return {"problems": problems}
 
 
-@operation("migrate_rollback")
 def migrate_rollback(agent: Agent, *, migration: str) -> dict[str, Any]:
     """The application runs on here. Returns {"rolled_back": bool}: False if nothing of it had begun."""
-    move = _OUTGOING.get(migration)
+    move = agent.outgoing.get(migration)
     if move is None:
         return {"rolled_back": False}
     with move.lock, blame():
@@ -240,6 +211,7 @@ def _roll_back(agent: Agent, move: Outgoing) -> None:
     if problems:
         raise OperationError("; ".join(problems))
     move.done = True
+    agent.outgoing.pop(move.migration, None)
     keep_logs(agent, move.folder)
 
 
@@ -250,8 +222,8 @@ def _remove_lock(move: Outgoing) -> None:
         network_lock.remove(table)
 
 
-def _outgoing(migration: str) -> Outgoing:
+def _outgoing(agent: Agent, migration: str) -> Outgoing:
     try:
-        return _OUTGOING[migration]
+        return agent.outgoing[migration]
     except KeyError:
         raise OperationError(f"no migration {migration!r} leaves this host") from None

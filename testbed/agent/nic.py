@@ -10,51 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-from softroce_ext.control import ControlClient, ControlError
-from testbed.agent.operations import OperationError, operation
+from testbed.agent.operations import OperationError
 from testbed.agent.processes import namespace_members, send_signal
+from testbed.agent.records import Nic, log_tail
 from testbed.agent.service import Agent
 
 
-class Nic:
-    """A running `python -m softroce_ext`."""
-
-    def __init__(self, process: subprocess.Popen[bytes], directory: Path, log: Path) -> None:
-        self.process = process
-        self.directory = directory
-        self.log = log
-        self.expected_end = False
-
-    def command(self, command: str, arguments: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """One command to the control socket; its answer. `timeout` in seconds. Raises OperationError."""
-        try:
-            with ControlClient(self.directory / "control.sock", timeout) as client:
-                return client.call(command, **arguments)
-        except ControlError as error:
-            gone = self.process.poll() is not None
-            raise OperationError(str(error), hint=(self.why() if gone else None) or error.hint or None) from error
-
-    def why(self) -> str | None:
-        """Where to look: the end of the NIC's log, if it says anything."""
-        tail = log_tail(self.log)
-        return f"the NIC's log ends with: {tail}" if tail else None
-
-
-def log_tail(path: Path, limit: int = 400) -> str:
-    """The last `limit` characters of a log, in one line."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * limit))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return " | ".join(line.strip() for line in text.splitlines() if line.strip())[-limit:]
-
-
-@operation("start_nic")
 def start_nic(
     agent: Agent,
     *,
@@ -139,13 +102,11 @@ def running_nic(agent: Agent) -> Nic:
     return agent.nic
 
 
-@operation("nic")
 def nic_command(agent: Agent, *, command: str, patience: float = 30.0, **arguments: Any) -> dict[str, Any]:
     """Pass one command to the NIC's control socket (softroce_ext.control has the table); its answer."""
     return running_nic(agent).command(command, arguments, patience)
 
 
-@operation("stop_nic")
 def stop_nic(agent: Agent, *, kill: bool = False) -> dict[str, Any]:
     """End the NIC in order, or by SIGKILL (a crash, for experiments: then the event `nic_ended` comes)."""
     nic = running_nic(agent)
@@ -154,7 +115,6 @@ def stop_nic(agent: Agent, *, kill: bool = False) -> dict[str, Any]:
     return {"code": nic.process.wait(10)}
 
 
-@operation("poll_nic")
 def poll_nic(agent: Agent, *, interval: float) -> None:
     """Every `interval` seconds until NIC or agent ends: the event `counters`, and how long each application has waited.
 

@@ -1,4 +1,4 @@
-"""The table of operations, and the error that one of them may end with.
+"""What an operation is, and the error that one may end with.
 
 An operation is a function `name(agent, **arguments) -> dict | None`; arguments and result are JSON. Each request runs
 in a thread of its own, so an operation may block, and must guard what it shares.
@@ -7,15 +7,12 @@ in a thread of its own, so an operation may block, and must guard what it shares
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 Blame = Literal["input", "environment", "run"]
 """Whose fault: what the user asked for, what this host lacks, or something that happened during the run."""
 
 Operation = Callable[..., "dict[str, Any] | None"]
-
-OPS: Final[dict[str, Operation]] = {}
-"""Filled as the modules of operations are imported; `testbed.agent.table` imports them all."""
 
 
 class OperationError(Exception):
@@ -26,14 +23,3 @@ class OperationError(Exception):
         self.message = message
         self.blame: Blame = blame
         self.hint = hint
-
-
-def operation(name: str) -> Callable[[Operation], Operation]:
-    """Enter the decorated function in OPS under `name`."""
-
-    def enter(function: Operation) -> Operation:
-        if OPS.setdefault(name, function) is not function:
-            raise ValueError(f"operation {name!r} is defined twice")
-        return function
-
-    return enter

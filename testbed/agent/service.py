@@ -10,15 +10,12 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from testbed.agent.channel import Channel, ChannelClosed
 from testbed.agent.operations import Operation, OperationError
 from testbed.agent.processes import ProcessWatch
-
-if TYPE_CHECKING:
-    from testbed.agent.apps import App
-    from testbed.agent.nic import Nic
+from testbed.agent.records import App, Incoming, Nic, Outgoing
 
 
 class Agent:
@@ -35,6 +32,10 @@ class Agent:
         self.apps: dict[str, App] = {}
         """Applications that this host runs or ran, by name."""
         self.nic: Nic | None = None
+        self.outgoing: dict[str, Outgoing] = {}
+        """Migrations under way from this host, by name."""
+        self.incoming: dict[str, Incoming] = {}
+        """Migrations under way to this host, by name."""
         self._channel = channel
         self._endings: list[Callable[[], None]] = []
         self._lock = threading.Lock()

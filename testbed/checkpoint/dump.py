@@ -18,7 +18,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from testbed.checkpoint.hooks import Call, CriuFailed, Hooks, action_script, plugin_directory, reason
+from testbed.checkpoint import criu_log
+from testbed.checkpoint.hooks import Call, CriuFailed, Hooks, action_script, plugin_directory
 
 COMMON_OPTIONS = (
     "--tcp-established",
@@ -90,9 +91,9 @@ class Dump:
         try:
             return self._hooks.wait(name, self.process, timeout)
         except CriuFailed as failure:
-            why = reason(self.log, str(failure))
+            error = self._failed(str(failure))
             self.roll_back()
-            raise CriuFailed(f"criu dump: {why}") from failure
+            raise error from failure
 
     def wait_freezing(self, timeout: float = FREEZE_SECONDS) -> float:
         """time.monotonic() at which CRIU began to freeze the tree. Raises CriuFailed; then the tree runs on."""
@@ -120,7 +121,11 @@ class Dump:
         self._copied.answer(True)
         code = self._end(timeout)
         if code != 0:
-            raise CriuFailed(f"criu dump: {reason(self.log, f'ended with {code} after the program was to be killed')}")
+            raise self._failed(f"ended with {code} after the program was to be killed")
+
+    def _failed(self, fallback: str) -> CriuFailed:
+        errors = criu_log.errors(self.log)
+        return CriuFailed(f"criu dump: {criu_log.summary(errors, fallback)}", errors)
 
     def roll_back(self, timeout: float = END_SECONDS) -> None:
         """Let CRIU resume the tree and end. Idempotent; after it nothing of the checkpoint holds the program."""

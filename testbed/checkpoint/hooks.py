@@ -13,10 +13,12 @@ import select
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from softroce_ext.native import build
+from testbed.checkpoint.criu_log import LogError
 
 ENVIRONMENT = "TESTBED_CRIU_SOCKET"
 STAGES = "TESTBED_CRIU_STAGES"
@@ -26,6 +28,15 @@ MAX_SOCKET_PATH = 107
 
 class CriuFailed(Exception):
     """CRIU gave up, ended early or did not call in time. The text has CRIU's own reason if there is one."""
+
+    def __init__(self, message: str, errors: Sequence[LogError] = ()) -> None:
+        super().__init__(message)
+        self.errors = tuple(errors)
+        """What CRIU logged, if it logged an error."""
+
+    def has(self, number: int) -> bool:
+        """Whether one of CRIU's errors was this errno."""
+        return any(error.number == number for error in self.errors)
 
 
 @dataclass(slots=True)
@@ -124,10 +135,6 @@ class Hooks:
         self.path.unlink(missing_ok=True)
 
 
-_HARMLESS = ("rlimit: Can't setup RLIMIT_NOFILE", "Unable to detach from", "Dumping FAILED", "Restoring FAILED")
-"""What CRIU logs as an error although it is none, or is only the consequence of the one before."""
-
-
 def action_script() -> str:
     """Path of the compiled action script. Raises BuildError."""
     return str(build.path("criu_notify"))
@@ -136,14 +143,3 @@ def action_script() -> str:
 def plugin_directory() -> str:
     """Folder that holds the compiled plugin and no other library. Raises BuildError."""
     return str(build.path("criu_hook").parent)
-
-
-def reason(log: Path, fallback: str) -> str:
-    """The errors in a CRIU log, shortened to one line, or `fallback`."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return fallback
-    errors = [line.partition("Error ")[2] for line in lines if "Error (" in line]
-    told = [text.partition("): ")[2] or text for text in errors]
-    return "; ".join([text for text in told if not text.startswith(_HARMLESS)][:3]) or fallback

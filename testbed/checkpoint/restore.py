@@ -21,8 +21,9 @@ import termios
 import time
 from pathlib import Path
 
+from testbed.checkpoint import criu_log
 from testbed.checkpoint.dump import COMMON_OPTIONS, start
-from testbed.checkpoint.hooks import Call, CriuFailed, Hooks, action_script, reason
+from testbed.checkpoint.hooks import Call, CriuFailed, Hooks, action_script
 
 FIRST_IMAGE = "inventory.img"
 RESTORE_SECONDS = 300.0
@@ -130,4 +131,5 @@ class Restore:
                 process.wait()
 
     def _failed(self, fallback: str) -> CriuFailed:
-        return CriuFailed(f"criu restore: {reason(self.log, fallback)}")
+        errors = criu_log.errors(self.log)
+        return CriuFailed(f"criu restore: {criu_log.summary(errors, fallback)}", errors)

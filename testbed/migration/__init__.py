@@ -2,7 +2,7 @@
 
 What lives here: the order of the phases and of their undoing (`move`), the list of undo steps (`undo`), when each phase
 began and ended (`timeline`), and what the NICs counted and when completions came around it (`observe`). The work itself
-is done by the agents (`testbed.agent.moves`) and the controller.
+is done by the agents (`testbed.agent.table`) and the controller.
 
 Whoever runs a topology calls `migrate` and nothing else.
 

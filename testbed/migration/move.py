@@ -26,7 +26,7 @@ from testbed.base import ip6
 from testbed.base.errors import MigrationFailed, TestbedError
 from testbed.migration import observe
 from testbed.migration.timeline import Timeline
-from testbed.migration.undo import Undo
+from testbed.migration.undo import Step, Undo
 from testbed.record import summary
 from testbed.topology import ResolvedMigration
 
@@ -51,6 +51,8 @@ class Move:
         self._source = session.hosts[migration.source]
         self._target = session.hosts[migration.to]
         self._undo = Undo()
+        self._resumes_at_source: Step | None = None
+        """The undo step without which the program stays frozen."""
         self._timeline = Timeline(self._name, migration.index, session.folder.event)
         self._sent: dict[str, Any] = {}
         self._began = 0.0
@@ -154,8 +156,8 @@ class Move:
     def _carry(self, offer: dict[str, Any], arriving: concurrent.futures.Future[dict[str, Any]]) -> None:
         """Freeze to transfer. If the destination gives up meanwhile, its reason is the one to tell."""
         move, hosts = self._migration, self._session.topology.hosts
-        self._undo.add_last(
-            f"{move.app} goes on at {move.source}",
+        self._resumes_at_source = self._undo.add_last(
+            f"{move.app} resumes at {move.source}",
             lambda: self._source.call("migrate_rollback", migration=self._name, timeout=UNDO_SECONDS),
         )
         try:
@@ -209,10 +211,10 @@ class Move:
             # The destination has answered partners, then broken off: two copies must not live, so the original goes.
             self._commit()
             return False
-        complaints = self._undo.run()
-        self._notes += complaints
-        held = any(text.startswith(f"{move.app} goes on") for text in complaints)
-        return not held and self._session.apps.running(move.app)
+        failed = self._undo.run()
+        self._notes += map(str, failed)
+        frozen = any(failure.step is self._resumes_at_source for failure in failed)
+        return not frozen and self._session.apps.running(move.app)
 
     def _tell_flows(self, answer: dict[str, Any]) -> None:
         for flow in answer.get("flows", []):
@@ -274,11 +276,8 @@ class Move:
         resent = [count for name in after if (count := grew(name, "retransmits")) is not None]
         error = hint = None
         if failure is not None:
-            phase = timeline.unfinished
-            error = f"{phase}: {failure}" if phase else str(failure)
-            error, hint = error.partition("\n  hint: ")[0], failure.hint
-            if not self._keep and "Cannot assign requested address" in error:
-                hint = "the program has a TCP connection or listener on its address: use address: keep"
+            places = [timeline.unfinished, failure.where, failure.message]
+            error, hint = ": ".join(place for place in places if place), failure.hint
         if self._notes:
             hint = "; ".join([*([hint] if hint else []), *self._notes])
         return summary.Migration(

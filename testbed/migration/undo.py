@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from testbed.base.errors import TestbedError
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of an undo; compared by identity."""
+
+    name: str
+    """What has happened when it has succeeded, for messages."""
+    act: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A step that could not be done."""
+
+    step: Step
+    error: TestbedError
+
+    def __str__(self) -> str:
+        return f"{self.step.name}: {self.error.message}"
+
+
 class Undo:
-    """A list of named steps. Each runs at most once; one that fails does not keep the others from running."""
+    """A list of steps. Each runs at most once; one that fails does not keep the others from running."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[str, Callable[[], object]]] = []
+        self._steps: list[Step] = []
 
-    def add(self, name: str, step: Callable[[], object]) -> None:
-        """Remember how to take back what is about to be done: before it is done, for it may fail half way."""
-        self._steps.append((name, step))
+    def add(self, name: str, act: Callable[[], object]) -> Step:
+        """Remember how to take back what is about to be done: before it is done, for it may fail half-way."""
+        step = Step(name, act)
+        self._steps.append(step)
+        return step
 
-    def add_last(self, name: str, step: Callable[[], object]) -> None:
+    def add_last(self, name: str, act: Callable[[], object]) -> Step:
         """As `add`, for a step that must run after all the others, whenever they were added."""
-        self._steps.insert(0, (name, step))
+        step = Step(name, act)
+        self._steps.insert(0, step)
+        return step
 
     def forget(self) -> None:
-        """There is no way back any more."""
+        """Drop all steps: there is no way back any more."""
         self._steps.clear()
 
-    def run(self) -> list[str]:
-        """Take everything back. Returns the complaints of the steps that failed, "name: why"."""
-        complaints = []
+    def run(self) -> list[Failed]:
+        """Take everything back, and return the steps that failed."""
+        failed = []
         while self._steps:
-            name, step = self._steps.pop()
+            step = self._steps.pop()
             try:
-                step()
+                step.act()
             except TestbedError as error:
-                complaints.append(f"{name}: {error.message}")
-        return complaints
+                failed.append(Failed(step, error))
+        return failed

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed.checkpoint.hooks import CriuFailed, Hooks, action_script, plugin_directory, reason
+from testbed.checkpoint import criu_log
+from testbed.checkpoint.hooks import CriuFailed, Hooks, action_script, plugin_directory
 
 
 def stage(hooks: Hooks, name: str, waits_at: str = "post-dump,post-restore") -> subprocess.Popen[bytes]:
@@ -69,10 +70,10 @@ def test_a_path_too_long_for_a_socket(tmp_path: Path) -> None:
 
 def test_the_reason_in_a_log(tmp_path: Path) -> None:
     log = tmp_path / "restore.log"
-    assert reason(log, "nothing") == "nothing"
+    assert criu_log.summary(criu_log.errors(log), "nothing") == "nothing"
     log.write_text(
         "(00.0) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n"
         "(00.1) Error (criu/files-reg.c:2100): File run/migros/x has bad size 3 (expect 4)\n"
         "(00.2) Error (criu/cr-restore.c:2300): Restoring FAILED.\n"
     )
-    assert reason(log, "nothing") == "File run/migros/x has bad size 3 (expect 4)"
+    assert criu_log.summary(criu_log.errors(log), "nothing") == "File run/migros/x has bad size 3 (expect 4)"

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from testbed.agent import move_source as source
-from testbed.agent.apps import App
 from testbed.agent.operations import OperationError
+from testbed.agent.records import App, Outgoing
 from testbed.checkpoint.hooks import CriuFailed
 
 
@@ -57,16 +57,16 @@ class Scene:
         self.dump, self.nic = PlayedDump(), PlayedNic()
         self.events: list[str] = []
         self.agent: Any = SimpleNamespace(
-            apps={"server": app}, nic=self.nic, root=folder, interface="eth0",
+            apps={"server": app}, outgoing={}, nic=self.nic, root=folder, interface="eth0",
             watch=SimpleNamespace(unwatch=lambda pid: None), event=lambda name, **_: self.events.append(name),
         )  # fmt: skip
-        self.move = source.Outgoing("m", app, folder, dump=self.dump, contexts=["c1"], held=True)  # type: ignore[arg-type]
+        self.move = Outgoing("m", app, folder, dump=self.dump, contexts=["c1"], held=True)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     made = Scene(tmp_path)
-    monkeypatch.setitem(source._OUTGOING, "m", made.move)
+    made.agent.outgoing["m"] = made.move
     monkeypatch.setattr(source, "running_nic", lambda agent: made.nic)
     yield made
     made.program.kill()
@@ -104,10 +104,10 @@ def test_a_roll_back_goes_on_and_can_be_repeated(scene: Scene) -> None:
 
 
 def test_what_failed_is_told_although_its_roll_back_fails_too(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    del source._OUTGOING["m"]
+    del scene.agent.outgoing["m"]
     monkeypatch.setattr(source.criu_binary, "find", lambda: ["criu"])
 
-    def broken(agent: object, move: source.Outgoing, *_: object) -> None:
+    def broken(agent: object, move: Outgoing, *_: object) -> None:
         move.contexts, move.held = ["c1"], True
         scene.nic.fails = {"unhold"}
         raise OperationError("the transfer broke off")

@@ -1,6 +1,6 @@
 """A world in which a migration can be tried without CRIU, NICs or a network: it only knows where the program is.
 
-The fake agents obey the operations' contract (`testbed.agent.moves`) and keep the truth: which host runs the
+The fake agents obey the operations' contract (`testbed.agent.table`) and keep the truth: which host runs the
 program, which one holds a frozen copy, where its packets go. Any operation can fail, before or after its work.
 """
 

@@ -151,7 +151,7 @@ def test_a_source_that_cannot_go_on_is_not_called_rolled_back() -> None:
     world.fail = {"receive": "before", "rollback": "before"}
     record = migrate(session(world), migration())
     assert not record.ok and not record.rolled_back
-    assert "server goes on at h2: rollback failed" in (record.hint or "")
+    assert "server resumes at h2: rollback failed" in (record.hint or "")
 
 
 def test_an_agent_that_has_gone() -> None:
