@@ -1,18 +1,9 @@
 """One migration from its first to its last phase.
 
-    phase                       who                         undone by
-    prepare                     destination, controller     abort there, flows withdrawn
-    freeze stop dump_nic
-    dump_process transfer       source                      CRIU resumes the program, the NIC its queue pairs
-    restore_nic
-    restore_process             destination                 abort there
-    reroute                     controller                  flows put back
-    resume thaw                 destination                 — no way back: partners were answered from there
-    commit                      source                      — nothing left that could fail the migration
-
-The long way from freeze to restore runs from agent to agent without the harness, so that its latency is not part of the
-blackout. Undoing goes in reverse order: first the packets find the source again, then the destination forgets, then the
-source goes on and says so by a RESUME of its own.
+`testbed.migration.phases` lists them with their undo steps. From freeze to restore the agents work without the testbed,
+so that its latency is not part of the blackout. A roll-back runs in reverse order: first the packets find the source
+again, then the destination discards what it has, then the source resumes and announces it by a RESUME of its own. There
+is no way back once the destination has resumed, because peers may have been answered from there.
 """
 
 from __future__ import annotations

@@ -5,20 +5,36 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from testbed.migration.phases import TABLE
+from testbed.record.summary import PHASES
 
 ROOT = Path(__file__).parent.parent.parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-def test_state_diagram_is_the_table() -> None:
-    """If this fails: `PYTHONPATH=. python docs/make_state_diagrams.py`."""
-    spec = importlib.util.spec_from_file_location("make_state_diagrams", ROOT / "docs" / "make_state_diagrams.py")
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "qp-states.md").read_text() == module.document()
+    return module
+
+
+def test_state_diagram_is_the_table() -> None:
+    """If this fails: `PYTHONPATH=. python docs/make_state_diagrams.py`."""
+    assert (ROOT / "docs" / "qp-states.md").read_text() == script("make_state_diagrams").document()
+
+
+def test_phases_are_the_table() -> None:
+    """If this fails: `PYTHONPATH=. python docs/make_phase_table.py`."""
+    text = (ROOT / "docs" / "migration.md").read_text()
+    assert text == script("make_phase_table").document(text)
+    assert tuple(row.name for row in TABLE) == PHASES
 
 
 def test_every_control_command_is_documented() -> None:
