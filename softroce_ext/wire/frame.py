@@ -1,7 +1,8 @@
 """Whole RoCEv2 frames: Ethernet + IPv4 or IPv6 + UDP + transport headers + payload + pad + ICRC.
 
-`Path` is everything that stays the same between two ends, precomputed; `build` writes one frame, `parse` checks and
-takes one apart. Both are hot for IPv4; IPv6 is a branch on the Path's family and on the Ethertype.
+A `Path` holds everything that is constant between two ends, precomputed; `build` writes one frame, `parse` validates
+one and splits it into its parts. Both are on the hot path for IPv4; IPv6 is a branch on the Path's family and on the
+Ethertype.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ __all__ = [
 Buffer = bytes | bytearray | memoryview
 
 FRAME_OVERHEAD = 14 + 20 + 8 + 4
-"""Bytes of an IPv4 frame besides transport headers, payload and pad: Ethernet, IPv4, UDP, ICRC."""
+"""Bytes of an IPv4 frame other than transport headers, payload and pad: Ethernet, IPv4, UDP, ICRC."""
 
 FRAME_OVERHEAD_IPV6 = 14 + 40 + 8 + 4
-"""The same with IPv6."""
+"""Bytes of an IPv6 frame other than transport headers, payload and pad: Ethernet, IPv6, UDP, ICRC."""
 
 MAX_FRAME = FRAME_OVERHEAD_IPV6 + 12 + 28 + 4096 + 3
-"""The longest frame that this NIC sends, bytes."""
+"""Length in bytes of the longest frame that this NIC sends."""
 
 # What `build` writes before the BTH: Ethernet .. TOS | length | identification | DF, TTL, UDP | checksum | addresses,
 # ports | UDP length | UDP checksum (0: none).
 _HEAD = Struct(">16sHHIH12sHH")
-# The same as the ICRC sees it, after the seed's ten bytes.
+# The same fields as they enter the ICRC, after the ten bytes that the seed covers.
 _MASKED = Struct(">HHIH12sHH")
 _ICRC = Struct("<I")
 # What `parse` reads: MACs, Ethertype, version/IHL, (TOS), IPv4 .. UDP, and the BTH's three words.
@@ -66,37 +67,37 @@ _PAYLOAD = int(OpFlag.PAYLOAD)
 
 
 class Packet(NamedTuple):
-    """A frame that passed all checks of `parse`. `payload` and `raw` are views, valid as long as the frame's buffer."""
+    """A frame that passed every check of `parse`. `payload` and `raw` are views that share the frame's buffer."""
 
     opcode: int
     first_word: int
-    """BTH: opcode, flags, P_Key."""
+    """First word of the BTH: opcode, flags, P_Key."""
     destination_qpn: int
     ack_byte: int
-    """BTH byte 8: bit 0x80 AckReq, the rest reserved (`headers.MIGROS_CAPABLE`, `MIGROS_RESUMED`)."""
+    """BTH byte 8: bit 0x80 is AckReq, the others are reserved (`headers.MIGROS_CAPABLE`, `MIGROS_RESUMED`)."""
     psn: int
     headers_at: int
-    """Offset in `raw` of the headers after the BTH; they are as long as the opcode table says."""
+    """Offset in `raw` of the headers after the BTH; the opcode table gives their length."""
     payload: memoryview
-    """Without pad and ICRC."""
+    """The payload, without pad and ICRC."""
     addresses: bytes
-    """Source then destination IP address (4 + 4 or 16 + 16 bytes)."""
+    """Source IP address followed by the destination's (4 + 4 or 16 + 16 bytes)."""
     source_mac: bytes
     raw: memoryview
     """The whole frame."""
 
     @property
     def source_ip(self) -> bytes:
-        """4 or 16 bytes."""
+        """The source IP address, packed: 4 or 16 bytes."""
         return self.addresses[: len(self.addresses) // 2]
 
     @property
     def destination_ip(self) -> bytes:
-        """4 or 16 bytes."""
+        """The destination IP address, packed: 4 or 16 bytes."""
         return self.addresses[len(self.addresses) // 2 :]
 
     def grh(self) -> bytes:
-        """The 40 bytes before a datagram's data (RoCEv2 annex A17.4.5.1): the IPv6 header, or 20 zeros and IPv4's."""
+        """The 40 bytes that precede a datagram's data (RoCEv2 annex A17.4.5.1): IPv6 header, or 20 zeros and IPv4's."""
         return bytes(self.raw[14:54]) if len(self.addresses) == 32 else bytes(20) + self.raw[14:34]
 
 
@@ -107,16 +108,17 @@ def build(
     payload: Buffer,
     pad: int,
     out: memoryview,
-    # Bound once, looked up as locals: this function runs once per packet.
+    # Bound once and looked up as locals, because this function runs once per packet.
     _head: Any = _HEAD.pack_into,
     _masked: Any = _MASKED.pack,
     _icrc: Any = _ICRC.pack_into,
     _crc32: Any = crc32,
 ) -> int:
-    """HOT. Write one frame at the beginning of `out` and return its length in bytes.
+    """HOT. Write one frame to the beginning of `out` and return its length in bytes.
 
-    headers: BTH and extended headers; payload: bytes, may be empty; pad: 0..3 zero bytes that the BTH announces. `out`
-    is writable, format B, at least FRAME_OVERHEAD (FRAME_OVERHEAD_IPV6) + len(headers) + len(payload) + pad long.
+    headers: BTH and extended headers; payload: may be empty; pad: the number of zero bytes (0 to 3) that the BTH
+    announces. `out` must be writable, of format B, and hold at least FRAME_OVERHEAD (FRAME_OVERHEAD_IPV6) +
+    len(headers) + len(payload) + pad bytes.
     """
     if path.ipv6:
         return _build_ipv6(path, headers, payload, pad, out)
@@ -135,7 +137,7 @@ def build(
     if pad:
         out[stop : stop + pad] = _PADS[pad]
         stop += pad
-    # The ICRC sees the BTH's fifth byte as ones: set it for the moment of the calculation.
+    # The ICRC covers the BTH's fifth byte as ones, so it is set to ones during the calculation.
     out[46] = 0xFF
     masked = _masked(total, ip_id, path._flags_ttl_masked, 0xFFFF, tail, udp_length, 0xFFFF)
     crc = _crc32(out[42:stop], _crc32(masked, SEED_IPV4))
@@ -145,7 +147,7 @@ def build(
 
 
 def _build_ipv6(path: Path, headers: bytes, payload: Buffer, pad: int, out: memoryview) -> int:
-    """HOT. `build` for IPv6: UDP checksum 0 (rxe sends none on IPv6 either)."""
+    """HOT. `build` for IPv6; the UDP checksum is 0 (rxe sends none on IPv6 either)."""
     end = 62 + len(headers)
     stop = end + len(payload)
     udp_length = stop + pad - 50
@@ -174,7 +176,7 @@ def parse(
     _flags: tuple[int, ...] = FLAGS,
     _new: Any = tuple.__new__,
 ) -> Packet | str:
-    """HOT. Check a received frame; return its Packet, or the reason for refusing it (a counter's name).
+    """HOT. Validate a received frame and return its Packet, or the reason for rejecting it (the name of a counter).
 
     Reasons: not_roce, ip_header, ip_fragment, length, udp_checksum, bth_version, opcode, icrc. Bytes after the IP
     datagram (Ethernet padding) are allowed.
@@ -194,13 +196,13 @@ def parse(
         return "not_roce"
     if fragment & 0x3FFF:
         return "ip_fragment"
-    end = total + 10  # where the ICRC begins
+    end = total + 10  # offset of the ICRC
     if end + 4 > size or udp_length != total - 20 or total & 3:
         return "length"
-    # A right header is a multiple of 0xffff, as its one's-complement sum says.
+    # The header of a valid datagram is a multiple of 0xffff, because its one's-complement sum is.
     if int.from_bytes(frame[14:34]) % 0xFFFF:
         return "ip_header"
-    if udp_checksum and not _udp_checksum_right(frame, addresses, udp_length):
+    if udp_checksum and not _udp_checksum_valid(frame, addresses, udp_length):
         return "udp_checksum"
     if first & 0x0F0000:
         return "bth_version"
@@ -237,7 +239,8 @@ def parse(
 
 
 def _parse_ipv6(frame: memoryview) -> Packet | str:
-    """HOT. `parse` for IPv6. Extension headers are refused: RoCEv2 has none (RoCEv2 annex A17.3.1)."""
+    """HOT. `parse` for IPv6. Extension headers are rejected, as RoCEv2 has none (RoCEv2 annex A17.3.1)."""
+    # The checks from the UDP checksum on repeat those of `parse`: a shared function would cost a call per packet.
     size = len(frame)
     if size < _SHORTEST6:
         return "length"
@@ -249,10 +252,10 @@ def _parse_ipv6(frame: memoryview) -> Packet | str:
         return "ip_header"
     if next_header != 17 or port != ROCE_PORT:
         return "not_roce"
-    end = udp_total + 50  # where the ICRC begins
+    end = udp_total + 50  # offset of the ICRC
     if end + 4 > size or udp_length != udp_total or udp_total & 3 or udp_total < 24:
         return "length"
-    if udp_checksum and not _udp_checksum_right(frame, addresses, udp_length):
+    if udp_checksum and not _udp_checksum_valid(frame, addresses, udp_length):
         return "udp_checksum"
     if first & 0x0F0000:
         return "bth_version"
@@ -275,8 +278,8 @@ def _parse_ipv6(frame: memoryview) -> Packet | str:
     )  # fmt: skip
 
 
-def _udp_checksum_right(frame: memoryview, addresses: bytes, udp_length: int) -> bool:
-    """Whether the UDP checksum is right. Rare: RoCEv2 senders leave it 0, so this need not be fast."""
+def _udp_checksum_valid(frame: memoryview, addresses: bytes, udp_length: int) -> bool:
+    """Whether the UDP checksum is correct. Rarely called, since RoCEv2 senders leave the field 0."""
     begin = 34 if len(addresses) == 8 else 54
     datagram = bytes(frame[begin : begin + udp_length])
     pseudo = addresses + b"\x00\x11" + udp_length.to_bytes(2, "big")

@@ -1,4 +1,4 @@
-"""Layouts of the transport headers (IBA 9.2 to 9.6), as precompiled Structs, and the numbers inside them."""
+"""Layouts of the transport headers (IBA 9.2 to 9.6) as precompiled Structs, and the values of their fields."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from struct import Struct
 
 PSN_MASK = 0xFFFFFF
 PSN_HALF = 0x800000
-"""`(a - b) & PSN_MASK < PSN_HALF` means: PSN a is b or after b (IBA 9.7.2, 24-bit circular)."""
+"""`(a - b) & PSN_MASK < PSN_HALF` holds when PSN a is equal to b or after it (IBA 9.7.2, 24-bit circular)."""
 
 MAX_MESSAGE = 1 << 30
-"""Bytes. The IBA allows twice that (9.7.7), but at an MTU of 256 it would take half of all PSNs."""
+"""Longest message in bytes. The IBA allows twice as many (9.7.7), but at an MTU of 256 they would take half of all
+PSNs."""
 
 # BTH in three words: opcode, flags, P_Key | reserved/FECN/BECN, destination QPN | AckReq byte, PSN.
 # Flags byte: solicited event 0x80, MigReq 0x40, pad count 0x30, transport version 0x0f.
@@ -38,46 +39,48 @@ AETH_ATOMIC = Struct(">IQ")
 
 PKEY_DEFAULT = 0xFFFF
 PKEY_PARTITION = PKEY_DEFAULT & 0x7FFF
-"""What of it two ports must have in common: the top bit only says full or limited member (IBA 10.9.1.1)."""
+"""The part of a P_Key that must match between two ports; the top bit tells full from limited members (IBA 10.9.1.1)."""
 SOLICITED = 0x80 << 16
 """The solicited-event bit in the BTH's first word."""
 PAD_SHIFT = 20
-"""The pad count's place in the BTH's first word."""
+"""Position of the pad count in the BTH's first word, in bits."""
 
 GSI_QPN = 1
-"""The general services interface: where every port's management datagrams go (IBA 3.9.5)."""
+"""QPN of the general services interface, which receives every port's management datagrams (IBA 3.9.5)."""
 GSI_QKEY = 0x80010000
-"""Its well-known Q_Key (IBA 10.2.5)."""
+"""Well-known Q_Key of the general services interface (IBA 10.2.5)."""
 QKEY_PRIVILEGED = 0x80000000
-"""A work request's Q_Key with this bit means the queue pair's own (IBA 10.2.5): programs cannot forge it."""
+"""A work request's Q_Key with this bit set selects the queue pair's own Q_Key, so that programs cannot forge one
+(IBA 10.2.5)."""
 MULTICAST_QPN = 0xFFFFFF
 
 ACK_REQ = 0x80
-"""AckReq, in BTH byte 8. The byte's other seven bits are reserved: stock NICs send 0 and ignore them."""
+"""AckReq, in BTH byte 8. The byte's other seven bits are reserved; stock NICs send them as 0 and ignore them."""
 MIGROS_CAPABLE = 0x40
-"""Reserved bit of the same byte: the sender speaks MigrOS (ours; inside the ICRC's coverage)."""
+"""Reserved bit of BTH byte 8: the sender supports MigrOS (our extension; covered by the ICRC)."""
 MIGROS_RESUMED = 0x20
-"""Reserved bit of the same byte: this ACK answers a RESUME (ours)."""
+"""Reserved bit of BTH byte 8: this ACK answers a RESUME (our extension)."""
 MIGROS_RECEIVER = 0x10
-"""Reserved bit of the same byte: this RESUME comes from a queue pair in RTR. It has sent nothing and has no PSN of
-its own yet; the RESUME carries the PSN that it expects instead (ours)."""
+"""Reserved bit of BTH byte 8: this RESUME comes from a queue pair in RTR (our extension). Such a queue pair has sent
+nothing and has no send PSN yet, so its RESUME carries the PSN that it expects instead."""
 
-# AETH syndromes (IBA 9.7.5.1.2): the top three bits are the kind, the low five a credit count, RNR timer or NAK code.
+# AETH syndromes (IBA 9.7.5.1.2): the top three bits give the kind; the low five hold a credit count, an RNR timer or a
+# NAK code.
 AETH_KIND = 0xE0
 AETH_ACK = 0x00
 AETH_RNR_NAK = 0x20
 AETH_NAK = 0x60
 ACK_UNLIMITED = 0x1F
-"""ACK with the credit code that means: credits are not limited."""
+"""ACK with the credit code for unlimited credits."""
 NAK_PSN_SEQUENCE = 0x60
 NAK_INVALID_REQUEST = 0x61
 NAK_REMOTE_ACCESS = 0x62
 NAK_REMOTE_OPERATIONAL = 0x63
 NAK_STOPPED = 0x65
-"""MigrOS: the responder is being moved; wait for its RESUME."""
+"""MigrOS extension: the responder is being moved, and the requester has to wait for its RESUME."""
 
 RNR_TIMER = (
     655.36, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.96, 1.28, 1.92,
     2.56, 3.84, 5.12, 7.68, 10.24, 15.36, 20.48, 30.72, 40.96, 61.44, 81.92, 122.88, 163.84, 245.76, 327.68, 491.52,
 )  # fmt: skip
-"""Milliseconds by RNR NAK timer code (IBA table 45)."""
+"""Delay in milliseconds, indexed by RNR NAK timer code (IBA table 45)."""

@@ -1,6 +1,6 @@
-"""The way of a connection's frames: addresses, ports and everything else of a frame that two packets have in common.
+"""The path of a connection's frames: addresses, ports and every other field that is the same in all of its packets.
 
-Beside it the rules by which Linux rxe chooses UDP source ports (`docs/wire-protocol.md`).
+This module also has the rules by which Linux rxe chooses UDP source ports (`docs/wire-protocol.md`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _DF = 0x4000 << 16
 class Path:
     """One direction between two addresses: MACs, IPs, UDP source port, traffic class and hop limit, as templates.
 
-    Addresses are packed bytes (6 for a MAC, 4 for IPv4, 16 for IPv6; both ends of one family). `ip_id` is the IPv4
-    identification that the next frame gets (u16; IPv6 has none); whoever builds a frame takes it and stores the next
-    one. Everything else is fixed: a changed path is a new one. Paths compare equal when their addresses, port, traffic
-    class and hop limit do, whatever their `ip_id`. IPv6's flow label is 0, as Linux rxe sends it.
+    Addresses are packed bytes (6 for a MAC, 4 for IPv4, 16 for IPv6; both ends are of one family). `ip_id` is the IPv4
+    identification of the next frame (u16; IPv6 has none); the caller of `build` takes it and stores the next one.
+    Everything else is immutable: a changed path is a new object. Paths compare equal when their addresses, port,
+    traffic class and hop limit do, regardless of `ip_id`. IPv6's flow label is 0, as Linux rxe sends it.
     """
 
     __slots__ = (
@@ -51,15 +51,18 @@ class Path:
         hop_limit: int = 64,
         ip_id: int = 0,
     ) -> None:
-        """Raises ValueError for an address of the wrong length or a number out of its range."""
+        """Raises ValueError for an address of the wrong length or a number that is out of range."""
         if len(source_mac) != 6 or len(destination_mac) != 6:
-            raise ValueError("a MAC address has 6 bytes")
+            raise ValueError(f"MAC addresses of {len(source_mac)} and {len(destination_mac)} bytes; allowed: 6")
         if len(source_ip) != len(destination_ip) or len(source_ip) not in (4, 16):
-            raise ValueError("an IPv4 address has 4 bytes, an IPv6 address 16, and both ends are of one family")
+            raise ValueError(
+                f"IP addresses of {len(source_ip)} and {len(destination_ip)} bytes; allowed: 4 (IPv4) or 16 (IPv6), "
+                "the same at both ends"
+            )
         if not (0 <= udp_source_port <= 0xFFFF and 0 <= ip_id <= 0xFFFF):
-            raise ValueError("UDP port and IP identification are 16 bits")
+            raise ValueError(f"UDP source port {udp_source_port}, IP identification {ip_id}; allowed: 0 to 65535")
         if not (0 <= traffic_class <= 0xFF and 0 <= hop_limit <= 0xFF):
-            raise ValueError("traffic class and hop limit are 8 bits")
+            raise ValueError(f"traffic class {traffic_class}, hop limit {hop_limit}; allowed: 0 to 255")
         self.source_mac = bytes(source_mac)
         self.destination_mac = bytes(destination_mac)
         self.source_ip = bytes(source_ip)
@@ -69,7 +72,7 @@ class Path:
         self.hop_limit = hop_limit
         self.ip_id = ip_id
         self.answers_from = self.destination_ip + self.source_ip
-        """What `Packet.addresses` is for a packet that comes back along this path."""
+        """Value of `Packet.addresses` in a packet that comes from this path's destination."""
         self.ipv6 = len(self.source_ip) == 16
         ethernet = self.destination_mac + self.source_mac
         self._tail = (
@@ -82,7 +85,7 @@ class Path:
         self._head = ethernet + b"\x08\x00\x45" + bytes((traffic_class,))
         self._flags_ttl = _DF | hop_limit << 8 | 17
         self._flags_ttl_masked = _DF | 0xFF11
-        # The IPv4 checksum is a sum of 16-bit words: all but length and identification are known here.
+        # The IPv4 checksum is a sum of 16-bit words, of which only length and identification are not yet known.
         words = self.source_ip + self.destination_ip
         self._checksum = (
             0x4500
@@ -114,7 +117,7 @@ class Path:
         destination_ip: bytes | None = None,
         udp_source_port: int | None = None,
     ) -> Path:
-        """A copy with some fields changed (`ip_id` goes on where it was)."""
+        """A copy of this path with some fields changed; it continues this path's `ip_id`."""
         return Path(
             self.source_mac if source_mac is None else source_mac,
             self.destination_mac if destination_mac is None else destination_mac,
@@ -127,7 +130,7 @@ class Path:
         )
 
     def to_plain(self) -> dict[str, int | str]:
-        """Plain JSON-able data (addresses in hexadecimal)."""
+        """This path as data that JSON can represent (addresses in hexadecimal)."""
         return {
             "source_mac": self.source_mac.hex(),
             "destination_mac": self.destination_mac.hex(),
@@ -141,7 +144,7 @@ class Path:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Path:
-        """The inverse of `to_plain`. Raises ValueError when `plain` is not one."""
+        """The inverse of `to_plain`. Raises ValueError when `plain` does not describe a path."""
         try:
             return cls(
                 bytes.fromhex(plain["source_mac"]),
@@ -158,16 +161,16 @@ class Path:
 
 
 def address_text(address: bytes) -> str:
-    """An IP address of 4 or 16 bytes as text; IPv6 in full, groups of four digits without leading zeros."""
+    """An IP address of 4 or 16 bytes as text; IPv6 uncompressed, as eight groups without leading zeros."""
     if len(address) == 4:
         return ".".join(map(str, address))
     return ":".join(f"{address[at] << 8 | address[at + 1]:x}" for at in range(0, 16, 2))
 
 
 def udp_source_port(flow_label: int, local_qpn: int, remote_qpn: int) -> int:
-    """The UDP source port of an RC or UC connection, as Linux rxe chooses it (the same from both ends).
+    """The UDP source port of an RC or UC connection, as Linux rxe chooses it (the same at both ends).
 
-    A flow label of 0 is first made from both QPNs; then its 20 bits are folded to 14 under 0xC000.
+    A flow label of 0 is first replaced by one derived from both QPNs; then its 20 bits are folded to 14, above 0xC000.
     """
     if flow_label == 0:
         flow_label = local_qpn * remote_qpn
@@ -178,5 +181,5 @@ def udp_source_port(flow_label: int, local_qpn: int, remote_qpn: int) -> int:
 
 
 def datagram_source_port(qpn: int) -> int:
-    """The UDP source port of a UD queue pair or of QP1, as Linux rxe chooses it: a hash of its own number."""
+    """The UDP source port of a UD queue pair or of QP1, as Linux rxe chooses it: a hash of its QPN."""
     return 0xC000 + ((qpn * 0x61C88647 & 0xFFFFFFFF) >> 18)
