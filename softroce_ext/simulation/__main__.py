@@ -1,7 +1,7 @@
 """`python -m softroce_ext.simulation`: run many seeded schedules of the protocol core and check its invariants.
 
-Exit codes: 0 every invariant held, 1 one was broken (its seed and the command that replays it are printed), 2 bad
-input.
+Exit codes: 0 if every invariant held, 1 if one was violated (its seed and the command that replays it are printed), 2
+for bad input.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from softroce_ext.wire.frame import address_text, parse
 from softroce_ext.wire.opcodes import name_of
 
 CHUNK = 500
-"""Schedules that a process runs at a time."""
+"""Number of schedules that a process runs at a time."""
 
 
 def attempt(seed: int, plan: Plan, trace: bool = False) -> tuple[Outcome | None, str, list[tuple[float, str, bytes]]]:
-    """Run one schedule: (outcome, "", log), or (None, what was broken, log)."""
+    """Run one schedule and return (outcome, "", log), or (None, what was violated, log)."""
     schedule = Schedule(seed, plan, trace)
     try:
         return schedule.run(), "", schedule.link.log or []
-    except Exception as error:  # whatever it is, it is this seed's finding
+    except Exception as error:  # Any exception is a finding for this seed.
         return None, f"{type(error).__name__}: {error}", schedule.link.log or []
 
 
 def run_chunk(first: int, count: int, plan: Plan) -> tuple[Counter[str], list[tuple[int, str]]]:
-    """Run schedules first..first+count: (sums, [(seed, what was broken)])."""
+    """Run the `count` schedules from seed `first` on and return (sums, [(seed, what was violated)])."""
     sums: Counter[str] = Counter()
     broken = []
     for seed in range(first, first + count):
@@ -53,7 +53,7 @@ def run_chunk(first: int, count: int, plan: Plan) -> tuple[Counter[str], list[tu
 
 
 def trace_lines(log: list[tuple[float, str, bytes]]) -> list[str]:
-    """The packet trace of a schedule, a line for each frame: the same for the same seed, byte for byte."""
+    """The packet trace of a schedule, one line per frame; the same seed gives the same trace, byte for byte."""
     lines = []
     for when, fate, frame in log:
         packet = parse(memoryview(frame))
@@ -66,18 +66,27 @@ def trace_lines(log: list[tuple[float, str, bytes]]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m softroce_ext.simulation", description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--seed", type=int, default=0, help="the first schedule's seed; the others follow")
-    p.add_argument("--schedules", type=int, default=1000)
-    p.add_argument("--service", choices=("mixed", "rc", "uc", "ud"), default="mixed")
-    p.add_argument("--qps", type=int, default=1, help="connections in each schedule (more than 1: none is moved)")
-    p.add_argument("--messages", type=int, default=5, choices=range(1, 8), metavar="1..7", help="at most, of each end")
-    p.add_argument("--loss", type=float, help="probability for each frame; without it, drawn from the seed")
-    p.add_argument("--migrate", action="store_true", help="move an end in every RC schedule")
-    p.add_argument("--jobs", type=int, default=2, help="processes")
-    p.add_argument("--trace", action="store_true", help="run the first seed alone and print its packets")
-    p.add_argument("--json", action="store_true", help="print the sums as JSON")
+    p.add_argument("--seed", type=int, default=0, help="seed of the first schedule; the others count up from it")
+    p.add_argument("--schedules", type=int, default=1000, help="number of schedules (default: %(default)s)")
+    p.add_argument(
+        "--service", choices=("mixed", "rc", "uc", "ud"), default="mixed", help="transport service (default: mixed)"
+    )
+    p.add_argument("--qps", type=int, default=1, help="connections per schedule (with more than 1, none is moved)")
+    p.add_argument(
+        "--messages",
+        type=int,
+        default=5,
+        choices=range(1, 8),
+        metavar="1..7",
+        help="largest number of messages from each end",
+    )
+    p.add_argument("--loss", type=float, help="loss probability of each frame (default: drawn from the seed)")
+    p.add_argument("--migrate", action="store_true", help="move one end in every RC schedule")
+    p.add_argument("--jobs", type=int, default=2, help="number of processes (default: %(default)s)")
+    p.add_argument("--trace", action="store_true", help="run only the first seed and print its packets")
+    p.add_argument("--json", action="store_true", help="print the totals as JSON")
     return p
 
 
@@ -92,11 +101,11 @@ def replay(seed: int, options: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     p = parser()
     options = p.parse_args(argv)
     if options.schedules < 1 or options.qps < 1 or options.jobs < 1 or not 0 <= (options.loss or 0) < 1:
-        p.error("--schedules, --qps and --jobs are at least 1, --loss is a probability below 1")
+        p.error("--schedules, --qps and --jobs must be at least 1, and --loss at least 0 and below 1")
     plan = Plan(options.service, options.qps, options.messages, options.loss, True if options.migrate else None)
     if options.trace:
         outcome, reason, log = attempt(options.seed, plan, trace=True)
@@ -107,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if reason else 0
     sums: Counter[str] = Counter()
     broken: list[tuple[int, str]] = []
-    begun = time.monotonic()
+    started_at = time.monotonic()
     starts = range(options.seed, options.seed + options.schedules, CHUNK)
     with ProcessPoolExecutor(options.jobs) as pool:
         chunks = [
@@ -118,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             more, failures = chunk.result()
             sums += more
             broken += failures
-    _report(sums, broken, time.monotonic() - begun, options)
+    _report(sums, broken, time.monotonic() - started_at, options)
     return 1 if broken else 0
 
 
@@ -141,8 +150,8 @@ def _report(sums: Counter[str], broken: list[tuple[int, str]], seconds: float, o
             table.add_row("virtual time", f"{sums[name] / 1e6:,.1f} s")
         else:
             table.add_row(name, f"{sums[name]:,}")
-    table.add_row("real time", f"{seconds:,.1f} s ({sums['schedules'] / seconds:,.0f} schedules a second)")
-    table.add_row("invariants broken", f"{len(broken):,}")
+    table.add_row("real time", f"{seconds:,.1f} s ({sums['schedules'] / seconds:,.0f} schedules per second)")
+    table.add_row("invariants violated", f"{len(broken):,}")
     console.print(table)
     for seed, reason in broken[:10]:
         console.print(f"seed {seed}: {reason}\n  {replay(seed, options)}", markup=False)

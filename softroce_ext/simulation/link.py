@@ -19,14 +19,14 @@ class Link:
     corrupt: float = 0.0
     delay: float = 10e-6
     spacing: float = 0.0
-    """With some, frames arrive one by one instead of in batches."""
+    """Seconds between frames; when it is not 0, they arrive one at a time instead of in batches."""
     drop: Callable[[bytes], bool] | None = None
-    """Frames to lose on purpose, before chance has its turn."""
+    """Selects frames to lose on purpose, before the seeded impairment is applied."""
     rate: float = 0.0
     queue: int = 0
     jitter: float = 0.0
     log: list[tuple[float, str, bytes]] | None = None
-    """When it is a list: (time, fate, frame) of every frame and copy, as `FaultInjector.observe` has them."""
+    """If a list, receives (time, fate, frame) of every frame and copy, as `FaultInjector.observe` reports them."""
 
     def __post_init__(self) -> None:
         spec = ImpairmentSpec(
@@ -47,12 +47,12 @@ class Link:
 
     @property
     def faults(self) -> dict[str, int]:
-        """How many frames each fault befell, by name; only those that happened."""
+        """Number of frames affected, by name of the fault; faults that never occurred are left out."""
         counts = asdict(self._injector.faults) | {"dropped": self._dropped}
         return {name: count for name, count in counts.items() if count}
 
     def carry(self, frame: bytes, now: float) -> list[tuple[float, bytes]]:
-        """When, and as what, a frame that is sent at `now` arrives."""
+        """(arrival time, bytes) of each copy of a frame that is sent at `now`; empty if it is lost."""
         if self.drop is not None and self.drop(frame):
             self._dropped += 1
             self._observe(now, "dropped", frame)

@@ -1,18 +1,18 @@
 """One random schedule from a seed, and the invariants that it must keep.
 
 A schedule is one or more connections over a link that loses, delays, reorders, duplicates and corrupts frames;
-requests and receives that are posted at random times; and, for RC, a migration of an end, or one that is rolled back.
+requests and receives that are posted at random times; and, for RC, the migration of one end, which may be rolled back.
 Invariants:
 
-1. RC: each request takes effect exactly once and in order; a receive gets the next message, whole and intact.
-2. No completion before its data: when a receive, READ or atomic completes, its bytes are in memory; when a WRITE or
-   SEND completes, they are in the partner's.
-3. Atomics are done exactly once: each returns what the one before it left.
-4. No byte outside the ranges that the requests name is ever written, here or there.
-5. UC and UD: a message is delivered whole and intact or not at all. UC keeps the order where the link does; a link that
-   duplicates or reorders frames may make it deliver a message twice or late, as the specification allows.
-6. An error completion only where the retry count can be exhausted, and nothing succeeds after it.
-7. Everything ends, within a bound of virtual time.
+1. RC: each request takes effect exactly once and in order; a receive gets the next message, complete and intact.
+2. No completion precedes its data: when a receive, READ or atomic completes, its bytes are in local memory; when a
+   WRITE or SEND completes, they are in the peer's memory.
+3. Atomics are executed exactly once: each returns the value that its predecessor left.
+4. No byte outside the ranges that the requests name is ever written, at either end.
+5. UC and UD: a message is delivered complete and intact or not at all. UC keeps the order if the link does; a link that
+   duplicates or reorders frames may cause it to deliver a message twice or late, as the specification allows.
+6. An error completion occurs only where the retry count can be exhausted, and nothing succeeds after it.
+7. The schedule terminates within a bound of virtual time.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from softroce_ext.wire.path import Path
 
 MTU = 256
 TIME_LIMIT = 200.0
-"""Seconds of virtual time."""
+"""Seconds of virtual time after which a schedule counts as stuck."""
 SERVICES = {"rc": QpType.RC, "uc": QpType.UC, "ud": QpType.UD}
 QKEY = 0x1234
 GRH = 40
 
 
 class Violation(AssertionError):
-    """An invariant was broken."""
+    """An invariant was violated."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a schedule is drawn from; None: drawn too."""
+    """The constraints that a schedule is drawn under; a field that is None is drawn as well."""
 
     service: str = "mixed"
     qps: int = 1
     messages: int = 5
-    """At most, of each end."""
+    """Largest number of messages of each end."""
     loss: float | None = None
     migrate: bool | None = None
     short_turns: bool = True
-    """Turns to send, and what is built at once, may be as short as one frame."""
+    """Whether a turn to send, and the room for built frames, may be as small as one frame."""
 
 
 @dataclass
 class Outcome:
-    """What happened in one schedule."""
+    """The result of one schedule."""
 
     seed: int
     service: str = ""
@@ -72,7 +72,7 @@ class Outcome:
 
 
 class Schedule:
-    """One schedule; `run` it once."""
+    """One schedule, built from its seed; call `run` once."""
 
     def __init__(self, seed: int, plan: Plan | None = None, trace: bool = False) -> None:
         self.seed = seed
@@ -97,14 +97,14 @@ class Schedule:
         )
         self.orderly = self.link.keeps_order
         self.finite = self.kind == QpType.RC and draw.random() < 0.1
-        """Retry counts have an end: errors are allowed."""
+        """Whether retry counts are finite, so that error completions are allowed."""
         migrate = draw.random() < 0.3 if self.plan.migrate is None else self.plan.migrate
         self.migrate = migrate and self.kind == QpType.RC
         self.ipv6 = draw.random() < 0.2
         config = EngineConfig(window=draw.choice((8, 128)))
         self.hosts = [Host(1, config), Host(2, config)]
         if self.plan.short_turns:
-            turns = random.Random(f"turns {seed}")  # of its own: with or without it a seed draws the same
+            turns = random.Random(f"turns {seed}")  # A separate generator keeps all other draws of a seed the same.
             config.quantum = turns.choice((1, 3, 32))
             for host in self.hosts:
                 host.room = turns.choice((1, 4, 64))
@@ -112,7 +112,7 @@ class Schedule:
         self.pairs = [self._connect(number) for number in range(self.plan.qps)]
         self.migrations = 0
 
-    # -- making ----------------------------------------------------------------------------------------------------
+    # -- setup -----------------------------------------------------------------------------------------------------
 
     def _connect(self, number: int) -> tuple[Side, Side]:
         draw = self.random
@@ -164,7 +164,7 @@ class Schedule:
         return Message(index, kind, size, draw.randbytes(size), draw.randrange(1, 1 << 32), signalled)
 
     def _post(self, here: Side) -> None:
-        """Put requests and receives into the world's calendar; receives may come late (RNR)."""
+        """Schedule the requests and receives of `here` in the world; receives may come late and cause RNR NAKs."""
         draw, at = self.random, self.world.now
         there = here.peer
         assert there is not None
@@ -194,7 +194,7 @@ class Schedule:
             more["destination"] = (1, side.peer.end.context.qpn, QKEY)
         side.end.post(message.kind, message.index, flags=flags, **more)
 
-    # -- moving ----------------------------------------------------------------------------------------------------
+    # -- migration -------------------------------------------------------------------------------------------------
 
     def _plan_move(self) -> None:
         draw = self.random
@@ -233,10 +233,10 @@ class Schedule:
         new.engine.add_qp(end.qp)
         end.qp.resume(path)
 
-    # -- running ---------------------------------------------------------------------------------------------------
+    # -- run -------------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        """Run it to its end. Raises Violation."""
+        """Run the schedule until every side is done and check its invariants. Raises Violation."""
         if self.migrate and self.plan.qps == 1:
             self._plan_move()
         start = self.world.now
@@ -261,7 +261,7 @@ class Schedule:
         )
 
     def _check_end(self, side: Side) -> None:
-        """Invariants 4 and 6, at the end."""
+        """Check invariants 4 and 6 when the schedule has ended."""
         if side.failed and not self.finite:
             raise Violation(f"an error without a reason: {side.failed}")
         side.check_memory(exact=self.kind == QpType.RC and not self.finite)

@@ -1,7 +1,7 @@
-"""A world for the sans-IO core: hosts, a link, and a clock that is a number.
+"""A simulated world for the sans-IO core: hosts, a link, and a clock that is a number.
 
-Nothing here sleeps or does input or output. A `World` moves time from one event to the next, and raises `Stuck` when
-nothing will ever happen again.
+Nothing here sleeps or does input or output. A `World` advances time from one event to the next, and raises `Stuck` when
+no event is left.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from softroce_ext.simulation.link import Link
 
 
 class Stuck(AssertionError):
-    """The run did not reach what it waited for."""
+    """The run did not reach the condition that it waited for."""
 
 
 class World:
-    """Hosts on one link. `location` says who has an IP address now (the reroute of a migration changes it)."""
+    """Hosts on one link. `location` maps an IP address to the host that has it; a migration's reroute changes it."""
 
     def __init__(self, *hosts: Host, link: Link | None = None) -> None:
         self.hosts = list(hosts)
@@ -26,18 +26,19 @@ class World:
         self.location = {address(host.number): host for host in hosts for address in (ip, ip6)}
         self.now = 1000.0
         self.trace: list[tuple[float, bytes]] = []
-        """Every frame that was sent, when."""
+        """(time, frame) of every frame that was sent."""
         self._sequence = 0
         self._air: list[tuple[float, int, bytes]] = []
         self._actions: list[tuple[float, int, Callable[[], None]]] = []
         self.after_step: Callable[[], None] | None = None
 
     def at(self, when: float, action: Callable[[], None]) -> None:
-        """Call `action` at the time `when`."""
+        """Schedule `action` for the time `when`."""
         self._sequence += 1
         heapq.heappush(self._actions, (when, self._sequence, action))
 
     def send(self, frames: list[bytes]) -> None:
+        """Give frames to the link at the current time."""
         for frame in frames:
             self.trace.append((self.now, frame))
             for when, carried in self.link.carry(frame, self.now):
@@ -45,9 +46,9 @@ class World:
                 heapq.heappush(self._air, (when, self._sequence, carried))
 
     def step(self, until: float = float("inf")) -> bool:
-        """Let everything that is due now happen, else move the clock on to the next event, but not beyond `until`.
+        """Process everything that is due now; if nothing is, advance the clock to the next event, but not past `until`.
 
-        False when nothing will happen until then.
+        Returns False when no event is left before `until`.
         """
         due: dict[int, list[bytes]] = {}
         acted = False
@@ -77,14 +78,14 @@ class World:
         return True
 
     def run(self, until: Callable[[], bool], limit: float = 600.0) -> None:
-        """Step until `until()`; raises Stuck after `limit` seconds of virtual time."""
+        """Step until `until()` is true. Raises Stuck if no event is left, or after `limit` seconds of virtual time."""
         end_at = self.now + limit
         while not until():
             if (not self.step() or self.now > end_at) and not until():
                 raise Stuck(f"at {self.now:.3f}: {[dict(host.engine.counters) for host in self.hosts]}")
 
     def settle(self, seconds: float = 1.0) -> None:
-        """Let `seconds` pass."""
+        """Step for `seconds` of virtual time."""
         end_at = self.now + seconds
         while self.step(end_at):
             pass
