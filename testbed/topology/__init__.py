@@ -1,8 +1,8 @@
-"""The topology file: its schema, its checks, and the resolved form that everything else is programmed against.
+"""The topology file: its schema, its checks, and the resolved form that all other packages work with.
 
 What lives here: `models` (what a user may write), `units` (durations, sizes, fractions), `load` (YAML with line
-numbers, every error at once), `checks` (what no schema can say: names, reachability, addresses), `resolved` (every
-automatic value filled in). Nothing here touches the machine, so validating needs no root.
+numbers, all errors at once), `checks` (what a schema cannot express: names, reachability, addresses) and `resolved`
+(every automatic value filled in). Nothing here changes or inspects the machine, so validation does not need root.
 
 May import: `testbed.base`.
 """

@@ -1,7 +1,7 @@
-"""What no schema can say: names that must exist, a graph that must hang together, addresses that must not collide.
+"""Checks that a schema cannot express: names must exist, the graph must be connected, addresses must be unique.
 
-Every check takes a `View` and yields problems; none stops at the first. A view is built from the raw data and leaves
-out what the models refused, so that these checks run beside the models' errors instead of after them.
+Every check takes a `View` and yields all problems that it finds. A view is built from the raw data and leaves out what
+the models rejected, so that the problems found here are reported together with the models' errors.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from testbed.topology.models import HEADROOM, RDMA_MTUS, App, Host, Link, Migrat
 from testbed.topology.resolved import MANAGEMENT_NETWORK, NODE_NETWORK, checks_data, placeholders
 
 MOST_HOSTS = 255
-"""Number bases: an MR index holds the host's number in 8 bits."""
+"""Largest number of hosts: a memory region's index holds the host's number in 8 bits."""
 SLOWEST_BW = 1.0
-"""Mbit/s below which the setup alone takes longer than any timeout."""
+"""Lowest bandwidth in Mbit/s; below it, connection setup alone would exceed every timeout."""
 
 Model = TypeVar("Model", bound=Section)
 
 
 def _salvage(model: type[Model], value: Any, **stand_ins: Any) -> Model | None:
-    """`value` as a model, without the keys that are wrong (they are reported elsewhere); None if that is not enough.
+    """`value` as a model without its invalid keys (`load` reports those); None if the rest is not a valid model.
 
-    stand_ins: for required keys, so that a wrong one does not hide what is wrong with its neighbours.
+    stand_ins: values for required keys, so that an invalid one does not hide problems with the other keys.
     """
     try:
         return model.model_validate(value)
@@ -47,7 +47,7 @@ def _salvage(model: type[Model], value: Any, **stand_ins: Any) -> Model | None:
 
 @dataclass(slots=True)
 class View:
-    """The readable part of a topology. Lists keep their indices in the file."""
+    """The valid part of a topology. Entries of lists keep their indices in the file."""
 
     hosts: dict[str, Host] = field(default_factory=dict)
     switches: list[str] = field(default_factory=list)
@@ -56,13 +56,13 @@ class View:
     migrations: list[tuple[int, Migration]] = field(default_factory=list)
     subnet: ipaddress.IPv4Network = field(default_factory=lambda: ipaddress.IPv4Network("10.0.0.0/16"))
     whole: bool = True
-    """False: something was left out, so that "nothing is attached to h1" may be untrue."""
+    """False if something was left out, in which case "h1 has no link" need not be true."""
     unreadable: set[str] = field(default_factory=set)
-    """Names of hosts and apps that were written but could not be read: known, not to be called unknown."""
+    """Names of apps that the file has but that could not be read; they must not be reported as unknown."""
 
     @classmethod
     def of(cls, data: dict[Any, Any]) -> View:
-        """From raw YAML data of any shape."""
+        """Build a view from raw YAML data of any shape."""
         view = cls()
         for name, value in _items(data.get("hosts")):
             view.hosts[name] = _salvage(Host, value) or Host()
@@ -100,42 +100,43 @@ def _entries(value: Any) -> Iterator[tuple[int, Any]]:
 
 
 def check(view: View) -> list[Problem]:
-    """All problems of all checks."""
+    """The problems that all checks find."""
     problems: list[Problem] = []
     for one in (_names, _link_ends, _reachability, _mtus, _addresses, _apps, _order, _commands, _migrations, _shared):
         problems += one(view)
     return problems
 
 
-def _near(name: str, known: Iterable[str]) -> str | None:
+def _suggestion(name: str, known: Iterable[str]) -> str | None:
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
     if near:
         return f"did you mean {near[0]}?"
-    return f"there {'is' if len(known) == 1 else 'are'}: {', '.join(known)}" if known else None
+    return f"available: {', '.join(known)}" if known else None
 
 
 def _unknown(path: str, kind: str, name: str, known: Iterable[str]) -> Problem:
-    return Problem(path, f"no such {kind}", name, _near(name, known))
+    return Problem(path, f"no such {kind}", name, _suggestion(name, known))
 
 
 def _names(view: View) -> Iterator[Problem]:
-    """One name, one thing: hosts, switches and apps share a name space (`{x.ip}` must be unambiguous)."""
+    """Names are unique: hosts, switches and apps share a namespace, because `{x.ip}` must be unambiguous."""
     for index, name in enumerate(view.switches):
         if name in view.hosts:
-            yield Problem(f"switches[{index}]", "a host has this name already", name)
+            yield Problem(f"switches[{index}]", "name is already used by a host", name)
         if name in view.switches[:index]:
-            yield Problem(f"switches[{index}]", "given twice", name)
+            yield Problem(f"switches[{index}]", "switch is listed twice", name)
     for name in view.apps:
         if name in view.hosts or name in view.switches:
             kind = "host" if name in view.hosts else "switch"
-            yield Problem(f"apps.{name}", f"a {kind} has this name already", name, "{name.ip} would have two meanings")
+            hint = f"rename the app or the {kind}: {{{name}.ip}} would be ambiguous"
+            yield Problem(f"apps.{name}", f"name is already used by a {kind}", name, hint)
     if len(view.hosts) > MOST_HOSTS:
-        yield Problem("hosts", f"too many; allowed: up to {MOST_HOSTS}", str(len(view.hosts)))
+        yield Problem("hosts", f"too many hosts; allowed: up to {MOST_HOSTS}", str(len(view.hosts)))
 
 
 def _link_ends(view: View) -> Iterator[Problem]:
-    """Ends exist, are two, and a host hangs on exactly one switch."""
+    """Both ends of a link exist and differ, and a host is attached to at most one switch."""
     nodes = [*view.hosts, *view.switches]
     attached: dict[str, int] = {}
     pairs: dict[frozenset[str], int] = {}
@@ -147,29 +148,32 @@ def _link_ends(view: View) -> Iterator[Problem]:
                 yield _unknown(f"links[{index}].ends[{position}]", "host or switch", end, nodes)
         a, b = link.ends
         if a == b:
-            yield Problem(f"links[{index}]", "both ends are the same", a)
+            yield Problem(f"links[{index}]", "both ends are the same node", a)
             continue
         if known and a in view.hosts and b in view.hosts:
-            yield Problem(f"links[{index}]", "joins two hosts", f"{a}, {b}", "put a switch between them")
+            yield Problem(f"links[{index}]", "connects two hosts directly", f"{a}, {b}", "put a switch between them")
             continue
         first = pairs.setdefault(frozenset(link.ends), index)
         if first != index:
-            yield Problem(f"links[{index}]", f"the same link as links[{first}]", f"{a}, {b}")
+            yield Problem(f"links[{index}]", f"duplicates links[{first}]", f"{a}, {b}")
             continue
         for end in link.ends:
             if end in view.hosts and attached.setdefault(end, index) != index:
                 yield Problem(
                     f"links[{index}]",
-                    f"host {end} has a link already (links[{attached[end]}]); allowed: one for a host",
+                    f"host {end} already has a link (links[{attached[end]}]); allowed: one link per host",
                 )
         if link.bw is not None and link.bw < SLOWEST_BW:
             yield Problem(
-                f"links[{index}].bw", "too slow to be useful", f"{link.bw:g}", "bw is in Mbit/s: 10000 is 10 Gbit/s"
+                f"links[{index}].bw",
+                f"too slow; allowed: {SLOWEST_BW:g} Mbit/s or more",
+                f"{link.bw:g}",
+                "bw is in Mbit/s: 10000 is 10 Gbit/s",
             )
 
 
 def _reachability(view: View) -> Iterator[Problem]:
-    """Everything is in one piece."""
+    """Every host and switch can reach every other."""
     if not view.whole or not view.hosts:
         return
     neighbours: dict[str, set[str]] = {name: set() for name in (*view.hosts, *view.switches)}
@@ -188,12 +192,12 @@ def _reachability(view: View) -> Iterator[Problem]:
     for name in neighbours:
         if name not in seen:
             path = f"hosts.{name}" if name in view.hosts else f"switches[{view.switches.index(name)}]"
-            message = "has no link" if not neighbours[name] else "is not connected to the rest"
+            message = "has no link" if not neighbours[name] else "is not connected to the rest of the network"
             yield Problem(path, message, hint=f"add a link, for example [{name}, {start}]")
 
 
 def _mtus(view: View) -> Iterator[Problem]:
-    """Payload plus headers must fit every link, since a rerouted path may use any of them."""
+    """Payload plus headers fit every link, since a rerouted path may use any of them."""
     if not view.links:
         return
     index, tightest = min(view.links, key=lambda item: item[1].mtu)
@@ -203,38 +207,39 @@ def _mtus(view: View) -> Iterator[Problem]:
             fitting = [mtu for mtu in RDMA_MTUS if mtu <= room]
             yield Problem(
                 f"hosts.{name}.nic.mtu",
-                f"payload and {HEADROOM} bytes of headers do not fit links[{index}] (mtu {tightest.mtu})",
+                f"payload and {HEADROOM} bytes of headers exceed the mtu of links[{index}] ({tightest.mtu})",
                 str(host.nic.mtu),
-                f"give the links mtu {host.nic.mtu + HEADROOM} or more, or the NIC {', '.join(map(str, fitting))}",
+                f"set the mtu of all links to {host.nic.mtu + HEADROOM} or more, or that of the NIC to one of: "
+                f"{', '.join(map(str, fitting))}",
             )
 
 
 def _addresses(view: View) -> Iterator[Problem]:
-    """In the subnet, not reserved, not given twice, enough for all."""
+    """Addresses are inside the subnet, not reserved and unique, and the subnet has enough of them."""
     owners: dict[str, str] = {}
     given = [(f"hosts.{name}.ip", host.ip) for name, host in view.hosts.items()]
     given += [(f"apps.{name}.address", app.address) for name, app in view.apps.items()]
     for network in (NODE_NETWORK, MANAGEMENT_NETWORK):
         if view.subnet.overlaps(network):
-            yield Problem("subnet", f"overlaps {network}, which the testbed uses itself", str(view.subnet))
+            yield Problem("subnet", f"overlaps {network}, which is reserved for the testbed", str(view.subnet))
     for path, text in given:
         if text is None:
             continue
         ip = ipaddress.IPv4Address(text)
         if ip not in view.subnet:
             wider = ipaddress.IPv4Network(f"{text}/24", strict=False)
-            yield Problem(path, f"is not in the data network {view.subnet}", text, f"set subnet, e.g. {wider}")
+            yield Problem(path, f"is outside the data network {view.subnet}", text, f"change subnet, e.g. to {wider}")
         elif ip in (view.subnet.network_address, view.subnet.broadcast_address):
-            yield Problem(path, "is the network's own or broadcast address", text)
+            yield Problem(path, f"is the network or broadcast address of {view.subnet}", text)
         if owners.setdefault(text, path) != path:
-            yield Problem(path, f"the same as {owners[text]}; addresses must differ", text)
+            yield Problem(path, f"is already used by {owners[text]}; addresses must be unique", text)
     wanted = len(view.hosts) + sum(app.address is not None for app in view.apps.values())
     if wanted > view.subnet.num_addresses - 2:
         yield Problem("subnet", f"too small for {wanted} addresses", str(view.subnet))
 
 
 def _apps(view: View) -> Iterator[Problem]:
-    """Hosts and predecessors exist."""
+    """An app's host and predecessors exist, and it leaves the testbed's environment variables alone."""
     apps = [*view.apps, *view.unreadable]
     for name, app in view.apps.items():
         if app.host not in view.hosts:
@@ -247,11 +252,11 @@ def _apps(view: View) -> Iterator[Problem]:
                 yield _unknown(path, "app", other, [other for other in apps if other != name])
         for key in app.env:
             if key in ("LD_PRELOAD", "SYSFS_PATH", "SOFTROCE_RUN"):
-                yield Problem(f"apps.{name}.env.{key}", "is set by the testbed: the program finds its NIC through it")
+                yield Problem(f"apps.{name}.env.{key}", "is reserved: the testbed sets it to point the app to its NIC")
 
 
 def _order(view: View) -> Iterator[Problem]:
-    """`after` has no cycle. One problem for each cycle, at its first app in the file."""
+    """The `after` entries have no cycle. Each cycle is reported once, at its first app in the file."""
     done: set[str] = set()
     for first in view.apps:
         trail: list[str] = []
@@ -273,12 +278,14 @@ def _order(view: View) -> Iterator[Problem]:
         if cycle:
             done.update(cycle)
             yield Problem(
-                f"apps.{cycle[0]}.after", "a circle: " + " → ".join(cycle), hint="each waits for the next one"
+                f"apps.{cycle[0]}.after",
+                "circular dependency: " + " → ".join(cycle),
+                hint="each app waits for the next one; remove one of these entries",
             )
 
 
 def _commands(view: View) -> Iterator[Problem]:
-    """Commands split into words and name existing things in braces."""
+    """Commands can be split into words, need no shell, and refer to existing names in their placeholders."""
     known = [*view.apps, *view.hosts, *view.unreadable]
     for name, app in view.apps.items():
         path = f"apps.{name}.command"
@@ -293,21 +300,24 @@ def _commands(view: View) -> Iterator[Problem]:
         for text, inner in placeholders(app.command):
             target, _, attribute = (inner or "").partition(".")
             if inner is None:
-                yield Problem(path, "a lone brace", text, "write {{ or }} for a brace, {server.ip} for an address")
+                hint = "write {{ or }} for a literal brace, {server.ip} for an address"
+                yield Problem(path, "unmatched brace", text, hint)
             elif attribute not in ("ip", "ip6"):
-                hint = _near(target, known) if target not in known else f"write {{{target}.ip}}"
-                yield Problem(path, "unknown placeholder; allowed: {<app or host>.ip}, {<app or host>.ip6}", text, hint)
+                near = _suggestion(target, known) if target not in known else f"write {{{target}.ip}}"
+                yield Problem(path, "unknown placeholder; allowed: {<app or host>.ip}, {<app or host>.ip6}", text, near)
             elif target not in known:
-                yield Problem(path, "placeholder names no app and no host", text, _near(target, known))
+                yield Problem(path, "placeholder refers to no app or host", text, _suggestion(target, known))
         shell = next((word for word in words if word in ("|", "&&", "||", ";", ">", "<", "&", ">>")), None)
         if shell is not None:
-            yield Problem(path, "no shell runs this", shell, "wrap it: sh -c '…', or make it two apps with `after`")
+            hint = "wrap the command in sh -c '…', or split it into two apps with `after`"
+            yield Problem(path, "not supported: commands run without a shell", shell, hint)
         if app.check == "data" and words[0].startswith("ibv_") and not checks_data(words):
-            yield Problem(f"apps.{name}.check", "the program does not check its data", "data", "add -c to its command")
+            message = "the command does not turn on the program's data check"
+            yield Problem(f"apps.{name}.check", message, "data", "add -c to the command")
 
 
 def _migrations(view: View) -> Iterator[Problem]:
-    """App and host exist, every move goes somewhere else, and its NIC and address can follow."""
+    """A migration's app and host exist, it goes to another host, and NICs, times and addresses allow it."""
     place = {name: app.host for name, app in view.apps.items()}
     latest: dict[tuple[str, type], tuple[int, float]] = {}
     for index, migration in view.migrations:
@@ -323,26 +333,26 @@ def _migrations(view: View) -> Iterator[Problem]:
             continue
         if migration.to == place[migration.app]:
             others = [name for name in view.hosts if name != migration.to]
-            hint = f"choose another: {', '.join(others)}" if others else "add a host for it to go to"
-            yield Problem(f"{path}.to", f"{migration.app} is on this host already", migration.to, hint)
+            hint = f"choose another host: {', '.join(others)}" if others else "add a host to the topology"
+            yield Problem(f"{path}.to", f"{migration.app} is already on this host", migration.to, hint)
         for host in dict.fromkeys((place[migration.app], migration.to)):
             if not view.hosts[host].nic.migros:
                 yield Problem(
-                    path, f"the NIC of {host} does not speak MigrOS (hosts.{host}.nic.migros is false)", migration.app
+                    path, f"the NIC of {host} does not support MigrOS (hosts.{host}.nic.migros is false)", migration.app
                 )
         if isinstance(migration.at, float) and migration.at >= app.timeout:
-            yield Problem(f"{path}.at", f"not before the app's timeout ({app.timeout:g} s)", f"{migration.at:g} s")
+            yield Problem(f"{path}.at", f"must be before the app's timeout ({app.timeout:g} s)", f"{migration.at:g} s")
         key = (migration.app, type(migration.at))
         before = latest.get(key)
         if before is not None and migration.at <= before[1]:
-            yield Problem(f"{path}.at", f"not after the same app's migrations[{before[0]}]", _moment(migration.at))
+            yield Problem(f"{path}.at", f"must be after migrations[{before[0]}] of the same app", _moment(migration.at))
         latest[key] = (index, migration.at)
         if migration.address == "change" and _keeps_tcp(app.command):
             yield Problem(
                 f"{path}.address",
-                "perftest keeps a TCP connection open, which cannot follow to another address",
+                "perftest keeps a TCP connection open, which cannot survive a change of address",
                 "change",
-                "use address: keep, or give the app an `address` of its own",
+                f"use address: keep; if other apps share its host, also set apps.{migration.app}.address",
             )
         place[migration.app] = migration.to
 
@@ -352,7 +362,7 @@ def _moment(at: float | int) -> str:
 
 
 def _keeps_tcp(command: str) -> bool:
-    """perftest exchanges its parameters over TCP and keeps the connection until its end."""
+    """Whether the command is of perftest, which exchanges parameters over TCP and keeps that connection open."""
     try:
         words = shlex.split(command)
     except ValueError:
@@ -361,7 +371,7 @@ def _keeps_tcp(command: str) -> bool:
 
 
 def _shared(view: View) -> Iterator[Problem]:
-    """An address that moves must belong to the moving app alone: it would be torn from the others' connections."""
+    """An address that moves belongs to the moving app alone, since other apps' connections would lose it."""
     users = Counter(app.host for app in view.apps.values() if app.address is None)
     for index, migration in view.migrations:
         app = view.apps.get(migration.app)
@@ -376,5 +386,5 @@ def _shared(view: View) -> Iterator[Problem]:
             f"migrations[{index}].address",
             f"would take the address of {app.host} away from {', '.join(others)}",
             "keep",
-            f"give {migration.app} an address of its own (apps.{migration.app}.address), or use address: change",
+            f"set apps.{migration.app}.address, or use address: change",
         )

@@ -1,4 +1,4 @@
-"""Reading a topology file: YAML with line numbers, then the models, then the checks; every error at once."""
+"""Reading a topology file: YAML with line numbers, then the models, then the checks; all errors come at once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Lines = dict[str, int]
 
 
 def find(name: str | Path) -> Path:
-    """The file that the user means: as given, else one of the topologies that come with the testbed.
+    """The file that `name` refers to: that path if it exists, else a topology that is shipped with the testbed.
 
-    So `topologies/pair.yaml` and `pair` work from any folder. Errors: BadInput if there is no such file.
+    So `topologies/pair.yaml` and `pair` work from any folder. Raises BadInput if there is no such file.
     """
     given = Path(name)
     if given.is_file():
@@ -39,7 +39,7 @@ def find(name: str | Path) -> Path:
 
 
 def shipped_folder() -> Path | None:
-    """`topologies/` of the checkout, or of the installed distribution; None if neither is there."""
+    """The folder `topologies/` of the checkout or of the installed distribution; None if neither exists."""
     checkout = Path(__file__).resolve().parents[2]
     for folder in (checkout / "topologies", Path(sys.prefix) / "share/migros-testbed/topologies"):
         if folder.is_dir():
@@ -48,7 +48,7 @@ def shipped_folder() -> Path | None:
 
 
 def load(name: str | Path) -> Topology:
-    """Read and check one file. Errors: BadInput (cannot be read), TopologyError (everything that is wrong with it)."""
+    """Read and check one file. Raises BadInput if it cannot be read, TopologyError with all of its problems."""
     path = find(name)
     try:
         text = path.read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def load(name: str | Path) -> Topology:
 
 
 def parse(text: str, file: str = "<topology>") -> Topology:
-    """As `load`, from a string; `file` is what the errors call it."""
+    """Like `load`, but from a string; `file` is its name in error messages."""
     lines: Lines = {}
     problems: list[Problem] = []
     try:
@@ -71,14 +71,14 @@ def parse(text: str, file: str = "<topology>") -> Topology:
         raise TopologyError(file, [Problem("", "nested too deeply")]) from error
     if not isinstance(data, dict):
         raise TopologyError(
-            file, [Problem("", "must be a mapping", hint="begin with `name: …`, then hosts, switches, links, apps")]
+            file, [Problem("", "must be a mapping", hint="start with `name: …`, then add hosts, switches, links, apps")]
         )
     topology: Topology | None = None
     try:
         topology = Topology.model_validate(data)
     except ValidationError as error:
         problems += [_from_pydantic(detail) for detail in error.errors(include_url=False)]
-    # The checks work on what could be read, so that a typo in one section does not hide mistakes in another.
+    # The checks run on whatever could be read, so that a typo in one section does not hide mistakes in another.
     problems += checks.check(checks.View.of(data))
     if problems:
         placed = [_with_line(problem, lines) for problem in problems]
@@ -88,7 +88,7 @@ def parse(text: str, file: str = "<topology>") -> Topology:
 
 
 def _walk(node: yaml.Node | None, path: str, lines: Lines, problems: list[Problem]) -> None:
-    """Collect the line of every path, and duplicate keys (which YAML readers drop silently)."""
+    """Collect the line of every path, and report duplicate keys, which YAML readers drop silently."""
     if node is None:
         return
     lines.setdefault(path, node.start_mark.line + 1)
@@ -99,7 +99,7 @@ def _walk(node: yaml.Node | None, path: str, lines: Lines, problems: list[Proble
             child = f"{path}.{key}" if path else key
             line = key_node.start_mark.line + 1
             if key in seen:
-                problems.append(Problem(child, f"given twice (first in line {seen[key]})", line=line))
+                problems.append(Problem(child, f"duplicate key (first on line {seen[key]})", line=line))
             seen[key] = line
             lines[child] = line
             _walk(value_node, child, lines, problems)
@@ -111,7 +111,7 @@ def _walk(node: yaml.Node | None, path: str, lines: Lines, problems: list[Proble
 def _syntax(error: yaml.YAMLError) -> Problem:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     what = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return Problem("", f"not YAML: {what}", line=mark.line + 1 if mark is not None else None)
+    return Problem("", f"invalid YAML: {what}", line=mark.line + 1 if mark is not None else None)
 
 
 def _with_line(problem: Problem, lines: Lines) -> Problem:
@@ -125,7 +125,7 @@ def _with_line(problem: Problem, lines: Lines) -> Problem:
 
 
 def show(value: Any) -> str:
-    """A bad value for a message: short, on one line."""
+    """A bad value as messages show it: on one line, at most 60 characters."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -140,7 +140,7 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _from_pydantic(detail: ErrorDetails) -> Problem:
-    """One pydantic error in our words: what is allowed, and a nearby name for an unknown key."""
+    """Translate one pydantic error: what is allowed, and a similar name for an unknown key or value."""
     kind, path, context = detail["type"], _path(detail["loc"]), detail.get("ctx", {})
     value = None if kind == "missing" else show(detail["input"])
     message, hint = detail["msg"], None
@@ -150,20 +150,20 @@ def _from_pydantic(detail: ErrorDetails) -> Problem:
         message, value = "unknown key; allowed: " + ", ".join(allowed), None
         hint = f"did you mean {near[0]}?" if near else None
     elif kind == "missing":
-        message = "is missing"
+        message = "required key is missing"
     elif kind == "literal_error":
         allowed_values = context["expected"].replace("'", "").replace(" or ", ", ")
         near = difflib.get_close_matches(str(detail["input"]), allowed_values.split(", "), 1)
-        message, hint = f"not allowed; allowed: {allowed_values}", f"did you mean {near[0]}?" if near else None
-    elif kind in _WORDS:
-        message = _WORDS[kind].format(**context)
+        message, hint = f"invalid value; allowed: {allowed_values}", f"did you mean {near[0]}?" if near else None
+    elif kind in _MESSAGES:
+        message = _MESSAGES[kind].format(**context)
     if "; hint: " in message:
         message, hint = message.split("; hint: ", 1)
     return Problem(path, message, value, hint)
 
 
 def _section(location: tuple[int | str, ...]) -> type[Section]:
-    """The model behind a place in the file: ("apps", "client") → App."""
+    """The model of a location in the file, for example App for ("apps", "client")."""
     if not location:
         return Topology
     by_last: dict[int | str, type[Section]] = {"nic": Nic, "impair": Impair, "report": Report}
@@ -171,9 +171,9 @@ def _section(location: tuple[int | str, ...]) -> type[Section]:
     return by_first[location[0]] if len(location) == 2 else by_last[location[-1]]
 
 
-_WORDS = {
-    "string_type": "must be text",
-    "int_type": "must be a whole number",
+_MESSAGES = {
+    "string_type": "must be a string",
+    "int_type": "must be an integer",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
     "dict_type": "must be a mapping (key: value)",
@@ -188,4 +188,4 @@ _WORDS = {
     "too_short": "too few; allowed: at least {min_length}",
     "too_long": "too many; allowed: at most {max_length}",
 }
-"""pydantic's error types in our words."""
+"""Messages for pydantic's error types."""

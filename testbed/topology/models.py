@@ -1,6 +1,6 @@
-"""What a user may write in a topology file: one pydantic model per section, unknown keys refused.
+"""What a user may write in a topology file: one pydantic model per section, which rejects unknown keys.
 
-The models say what can be said about a value alone; what depends on others (does this host exist?) is in `checks`.
+The models check each value by itself; what depends on other values (does this host exist?) is in `checks`.
 """
 
 from __future__ import annotations
@@ -16,41 +16,44 @@ from testbed.topology.units import Duration, Fraction, Moment
 
 NAME_PATTERN: Final = r"^[A-Za-z][A-Za-z0-9_]*$"
 LONGEST_NODE_NAME: Final = 9
-"""Interfaces are called `<node>-eth<n>`; Linux allows 15 characters (IFNAMSIZ − 1), and ports go to 99."""
+"""Most characters in a node's name: its interfaces are named `<node>-eth<n>`, Linux allows 15 characters (IFNAMSIZ −
+1), and ports go up to 99."""
 LONGEST_NAME: Final = 40
 
 RDMA_MTUS: Final = (256, 512, 1024, 2048, 4096)
-"""Path MTUs of the InfiniBand specification, bytes of payload."""
+"""Path MTUs of the InfiniBand specification, in bytes of payload."""
 HEADROOM: Final = 80
-"""IPv4 + UDP + the longest RoCEv2 header chain + ICRC, as the Linux driver counts it (RXE_MAX_HDR_LENGTH)."""
+"""Bytes of IPv4, UDP, the longest RoCEv2 header chain and ICRC, as the Linux driver counts (RXE_MAX_HDR_LENGTH)."""
 
 
 def _name(value: str, longest: int, why: str) -> str:
     if not re.match(NAME_PATTERN, value):
-        raise PydanticCustomError("name", "not a name; allowed: a letter, then letters, digits and _", {})
+        raise PydanticCustomError("name", "invalid name; allowed: a letter followed by letters, digits or _", {})
     if len(value) > longest:
         raise PydanticCustomError("name", f"too long ({len(value)} characters); allowed: up to {longest}{why}", {})
     return value
 
 
 def _node_name(value: str) -> str:
-    return _name(value, LONGEST_NODE_NAME, ", because interfaces are named after it (h1-eth0) and Linux allows 15")
+    return _name(
+        value, LONGEST_NODE_NAME, ", because interfaces are named after it (h1-eth0) and Linux limits them to 15"
+    )
 
 
 def _ipv4(value: Any) -> str:
     try:
         return str(ipaddress.IPv4Address(value if isinstance(value, str) else ""))
     except ValueError:
-        raise PydanticCustomError("ipv4", "not an IPv4 address; allowed: four numbers such as 10.0.0.1", {}) from None
+        raise PydanticCustomError("ipv4", "invalid IPv4 address; allowed: four numbers such as 10.0.0.1", {}) from None
 
 
 def _subnet(value: Any) -> str:
     try:
         network = ipaddress.IPv4Network(value if isinstance(value, str) else "")
     except ValueError as error:
-        raise PydanticCustomError("subnet", "not an IPv4 network: {why}", {"why": str(error)}) from None
+        raise PydanticCustomError("subnet", "invalid IPv4 network: {why}", {"why": str(error)}) from None
     if not 8 <= network.prefixlen <= 29:
-        raise PydanticCustomError("subnet", "prefix length not usable; allowed: /8 to /29", {})
+        raise PydanticCustomError("subnet", "prefix length out of range; allowed: /8 to /29", {})
     return str(network)
 
 
@@ -73,7 +76,7 @@ class Section(BaseModel):
 
 
 class Impair(Section):
-    """Seeded misbehaviour of a NIC's port, applied to what it sends."""
+    """Seeded impairment of the frames that a NIC's port sends."""
 
     loss: Fraction = 0.0
     reorder: Fraction = 0.0
@@ -86,21 +89,21 @@ class Nic(Section):
     """Options of a host's emulated RDMA NIC."""
 
     mtu: Literal[256, 512, 1024, 2048, 4096] | None = None
-    """Active path MTU, bytes of payload. Not given: the largest that every link of the topology carries."""
+    """Active path MTU in bytes of payload. Default: the largest that every link of the topology can carry."""
     migros: bool = True
-    """False: a stock RoCEv2 NIC, byte for byte as the Linux driver; its programs cannot be migrated."""
+    """If false, a stock RoCEv2 NIC that sends exactly what the Linux driver sends; its programs cannot be migrated."""
     impair: Impair = Impair()
     capture: bool | None = None
-    """Write a pcap of this NIC's frames; not given: as the topology's `capture`."""
+    """Write a pcap of this NIC's frames. Default: the topology's `capture`."""
     trace: bool | None = None
-    """Trace this NIC's queue pairs (docs/trace.md); not given: as the topology's `trace`."""
+    """Trace this NIC's queue pairs (docs/trace.md). Default: the topology's `trace`."""
 
 
 class Host(Section):
     """A virtual host."""
 
     ip: IPv4 | None = None
-    """Its RoCE address (GID). Not given: the next free one of `subnet`."""
+    """The host's RoCE address (GID). Default: the next free address of `subnet`."""
     nic: Nic = Nic()
 
 
@@ -109,11 +112,11 @@ class Link(Section):
 
     ends: Annotated[list[str], Field(min_length=2, max_length=2)]
     bw: Annotated[float, Field(gt=0, le=400_000)] | None = None
-    """Mbit/s each way; not given: as fast as the machine."""
+    """Bandwidth in Mbit/s in each direction. Default: not limited."""
     mtu: Annotated[int, Field(ge=576, le=9600)] = 9000
-    """Bytes of an IP packet."""
+    """Largest IP packet in bytes."""
     delay: Duration = 0.0
-    """One way."""
+    """One-way delay."""
     loss: Fraction = 0.0
 
     @model_validator(mode="before")
@@ -127,20 +130,20 @@ class App(Section):
 
     host: str
     command: Annotated[str, Field(min_length=1)]
-    """Split as a shell would, run without one. `{server.ip}` is the address of the app or host `server`,
-    `{server.ip6}` the IPv6 address beside it."""
+    """Command line, split into words as by a shell but run without one. `{server.ip}` is the address of the app or host
+    `server`, `{server.ip6}` its IPv6 address."""
     after: list[str] = []
-    """Apps that must be running (and listening, where they are servers) before this one starts."""
+    """Apps that must be running (and listening, if they are servers) before this one starts."""
     env: dict[str, str] = {}
     check: Literal["exit", "data"] | None = None
-    """`data`: the program verifies what it received, and its verdict counts. `exit`: its exit code only. Not given:
-    `data` where the command line is known to ask for it (ibv_rc_pingpong -c), else `exit`."""
+    """`data`: the program verifies the data it receives, and the result counts. `exit`: only its exit code counts.
+    Default: `data` if the command line is known to request verification (ibv_rc_pingpong -c), else `exit`."""
     expect: Annotated[int, Field(ge=0, le=255)] = 0
     """Exit code that means success."""
     timeout: Duration = 120.0
-    """Ended and counted as failed after this time."""
+    """Time after which the program is killed and counts as failed."""
     address: IPv4 | None = None
-    """An address of its own, that moves with it and leaves the host's other programs alone."""
+    """An address for this app alone, which moves with it without affecting other programs on its host."""
 
     @model_validator(mode="before")
     @classmethod
@@ -157,29 +160,29 @@ class Migration(Section):
     to: str
     """Destination host."""
     at: Moment
-    """`2s` after the program's start, or once it has sent and received `64MiB`."""
+    """When to migrate: a time after the program's start (`2s`), or an amount of data sent and received (`64MiB`)."""
     address: Literal["keep", "change"] = "keep"
-    """keep: its address moves along. change: it gets the destination's, and partners learn it from the RESUME."""
+    """keep: the address moves with the app. change: the app takes the destination's, and peers learn it from RESUME."""
 
 
 class Report(Section):
-    """What the report shows beyond the fields that are always there."""
+    """Optional parts of the report."""
 
     plots: bool = True
-    """Draw the run's timeline as a picture beside the summary."""
+    """Draw the timeline of the run's migrations as a picture next to the summary."""
     tail: Annotated[int, Field(ge=0, le=200)] = 3
-    """Last lines of each program's output to show."""
+    """Number of lines to show from the end of each program's output."""
 
 
 class Topology(Section):
-    """A whole file."""
+    """A complete topology file."""
 
     name: Name
     description: str = ""
     subnet: Subnet = "10.0.0.0/16"
-    """Data network that automatic addresses are taken from."""
+    """Data network; automatic addresses are taken from it."""
     controller: Literal["auto", "ryu", "os-ken"] = "auto"
-    """auto: Ryu where it is installed, else os-ken."""
+    """OpenFlow controller framework. `auto`: Ryu if it is installed, else os-ken."""
     hosts: Annotated[dict[NodeName, Host], Field(min_length=1)]
     switches: Annotated[list[NodeName], Field(min_length=1)]
     links: Annotated[list[Link], Field(min_length=1)]
@@ -189,6 +192,6 @@ class Topology(Section):
     capture: bool = False
     """Write a pcap per NIC for the whole run (migrations are always captured)."""
     trace: bool = False
-    """Trace every queue pair for the whole run, a file of JSON lines per NIC (docs/trace.md). Slows the NICs down."""
+    """Trace every queue pair for the whole run, one JSON lines file per NIC (docs/trace.md). Slows the NICs down."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of every random choice of the run: impairments, first PSNs."""
+    """Seed of every random choice of the run, such as impairments and initial PSNs."""

@@ -1,8 +1,8 @@
-"""The resolved form: plain frozen dataclasses, every automatic value filled in, nothing left to decide.
+"""The resolved form of a topology: plain frozen dataclasses with every automatic value filled in.
 
-Numbering is by order in the file, from 1: host k has node address 100.64.0.k, management address 100.65.0.k, MAC
-02:00:00:00:00:kk and number base k (the range of QPNs, keys and context ids that only its NIC hands out, so that a
-migrated program finds its numbers free); switch k has datapath id k. The same file gives the same numbers always.
+Nodes are numbered from 1 in the order of the file: host k has node address 100.64.0.k, management address 100.65.0.k,
+MAC 02:00:00:00:00:kk and number base k (the range of QPNs, keys and context ids that only its NIC allocates, so that
+they are free wherever a program migrates to); switch k has datapath id k. The same file always gives the same numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from testbed.base import ip6
 from testbed.topology.models import HEADROOM, RDMA_MTUS, Host, Report, Topology
 
 NODE_NETWORK: Final = ipaddress.IPv4Network("100.64.0.0/16")
-"""Permanent address of each host on the data network, for bulk transfer; never a GID."""
+"""Network of the hosts' permanent addresses on the data network, used for bulk transfer; they are never GIDs."""
 MANAGEMENT_NETWORK: Final = ipaddress.IPv4Network("100.65.0.0/16")
-"""A separate network for SSH; .255.254 is the machine's own end."""
+"""A separate network for SSH; .255.254 is the machine's end of it."""
 MANAGEMENT_ROOT: Final = "100.65.255.254"
 PLACEHOLDER: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -31,10 +31,10 @@ class ResolvedNic:
     """Options of `python -m softroce_ext` for one host."""
 
     mtu: int
-    """Largest payload of a packet, bytes: 256 … 4096."""
+    """Largest payload of a packet in bytes, 256 to 4096."""
     migros: bool
     impair: dict[str, float]
-    """loss, reorder, duplicate, corrupt (shares) and delay (seconds); only those that are not 0."""
+    """loss, reorder, duplicate, corrupt (fractions) and delay (seconds); values of 0 are left out."""
     capture: bool
     trace: bool
 
@@ -45,19 +45,19 @@ class ResolvedHost:
 
     name: str
     index: int
-    """1-based, by order in the file."""
+    """Number of the host, from 1 in the order of the file."""
     ip: str
     prefix: int
-    """Prefix length of `ip` and of the apps' own addresses."""
+    """Prefix length of `ip` and of the addresses of apps."""
     node_ip: str
     mgmt_ip: str
     mac: str
-    """Of the data interface."""
+    """MAC address of the data interface."""
     number_base: int
     interface: str
-    """Data interface inside the host."""
+    """Name of the data interface inside the host."""
     switch: str
-    """The switch that it hangs on."""
+    """The switch that the host is attached to."""
     nic: ResolvedNic
 
 
@@ -71,17 +71,17 @@ class ResolvedSwitch:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedLink:
-    """One cable. A host, if there is one, is always `a`."""
+    """One cable. If one of its ends is a host, that end is `a`."""
 
     a: str
     b: str
     bw: float | None
-    """Mbit/s each way, None: not limited."""
+    """Bandwidth in Mbit/s in each direction; None if it is not limited."""
     mtu: int
     delay: float
-    """Seconds, one way."""
+    """One-way delay in seconds."""
     loss: float
-    """Share of packets, 0 ≤ loss < 1."""
+    """Fraction of packets lost, 0 ≤ loss < 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,48 +91,48 @@ class ResolvedApp:
     name: str
     host: str
     command: str
-    """As in the file, placeholders filled in."""
+    """The command in the file, with its placeholders filled in."""
     argv: tuple[str, ...]
     after: tuple[str, ...]
     env: dict[str, str]
     check: str
-    """exit or data."""
+    """`exit` or `data`, as in the topology file."""
     expect: int
     timeout: float
-    """Seconds."""
+    """Timeout in seconds."""
     address: str
-    """Address that the program is reached at when it starts: its own, or its host's."""
+    """Address of the program when it starts: the app's, or its host's."""
     own_address: bool
-    """The address belongs to this program alone: added to its host before it starts."""
+    """Whether the address belongs to this program alone; it is then added to the host before the program starts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedMigration:
-    """One move. Exactly one of `at_seconds` and `at_bytes` is set."""
+    """One migration. Exactly one of `at_seconds` and `at_bytes` is set."""
 
     index: int
-    """0-based, by order in the file."""
+    """Position in the file's list, from 0."""
     app: str
     source: str
-    """Where the program is by then (its host, or the destination of its previous move)."""
+    """Host that the program is on by then (its first host, or the destination of its previous migration)."""
     to: str
     at_seconds: float | None
     at_bytes: int | None
     address: str
-    """keep or change."""
+    """`keep` or `change`, as in the topology file."""
     ip_before: str
     ip_after: str
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedTopology:
-    """What the run is programmed against."""
+    """A complete topology with every value resolved, which the rest of the testbed works with."""
 
     name: str
     description: str
     seed: int
     controller: str
-    """auto, ryu or os-ken."""
+    """`auto`, `ryu` or `os-ken`, as in the topology file."""
     subnet: str
     capture: bool
     trace: bool
@@ -144,7 +144,7 @@ class ResolvedTopology:
     report: Report
 
     def to_plain(self) -> dict[str, Any]:
-        """For `topology.resolved.json` in the results folder: dicts, lists, strings and numbers."""
+        """The topology as dicts, lists, strings and numbers, for JSON and YAML."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "report"}
         for key in ("hosts", "switches", "apps"):
             plain[key] = {name: dataclasses.asdict(value) for name, value in plain[key].items()}
@@ -154,28 +154,28 @@ class ResolvedTopology:
 
 
 def addresses(topology: Topology) -> dict[str, str]:
-    """Host name → address: what the file says, else the first free addresses of the subnet, in order."""
+    """Host name → address: the one in the file, else the next free address of the subnet."""
     taken = {host.ip for host in topology.hosts.values()} | {app.address for app in topology.apps.values()}
     free = (str(ip) for ip in ipaddress.IPv4Network(topology.subnet).hosts() if str(ip) not in taken)
     return {name: host.ip or next(free, "") for name, host in topology.hosts.items()}
 
 
 def app_addresses(topology: Topology, hosts: dict[str, str]) -> dict[str, str]:
-    """App name → the address that it is reached at when it starts."""
+    """App name → address of the app when it starts."""
     return {name: app.address or hosts.get(app.host, "") for name, app in topology.apps.items()}
 
 
 def placeholders(command: str) -> Iterator[tuple[str, str | None]]:
-    """(text, inner) of every `{inner}` in a command; inner is None for a lone brace. `{{` and `}}` are braces."""
+    """(text, inner) of every `{inner}` in a command; inner is None for an unmatched brace. Skips `{{` and `}}`."""
     for match in PLACEHOLDER.finditer(command):
         if match[0] not in ("{{", "}}"):
             yield match[0], match[1]
 
 
 def fill(command: str, known: dict[str, str]) -> str:
-    """`ping {server.ip}` → `ping 10.0.0.2`; `known` maps names to addresses. KeyError on an unknown name.
+    """Fill in the placeholders: `ping {server.ip}` → `ping 10.0.0.2`. `known` maps names to addresses.
 
-    `{server.ip6}` is the IPv6 address beside it.
+    `{server.ip6}` is the companion IPv6 address. Raises KeyError for an unknown name.
     """
 
     def replace(match: re.Match[str]) -> str:
@@ -188,13 +188,13 @@ def fill(command: str, known: dict[str, str]) -> str:
 
 
 def fitting_mtu(topology: Topology) -> int:
-    """The largest RDMA payload that every link carries; 0 if not even the smallest fits."""
+    """The largest RDMA payload in bytes that every link can carry; 0 if not even the smallest fits."""
     room = min(link.mtu for link in topology.links) - HEADROOM
     return max((mtu for mtu in RDMA_MTUS if mtu <= room), default=0)
 
 
 def checks_data(argv: list[str]) -> bool:
-    """The command line is known to verify its data: ibv_*_pingpong with -c or --chk."""
+    """Whether the command line is known to verify its data: ibv_*_pingpong with -c or --chk."""
     program = argv[0].rsplit("/", 1)[-1]
     if not re.fullmatch(r"ibv_\w+_pingpong", program):
         return False
@@ -223,7 +223,7 @@ def _host(topology: Topology, name: str, host: Host, index: int, ip: str) -> Res
 def resolve(topology: Topology) -> ResolvedTopology:
     """Return the topology with every automatic value filled in.
 
-    `topology` must have passed `checks` (it has, coming from `load`): lookups are not guarded here.
+    `topology` must have passed `checks`, as one from `load` has: lookups are not guarded here.
     """
     host_ips = addresses(topology)
     app_ips = app_addresses(topology, host_ips)

@@ -1,6 +1,6 @@
 """The JSON schema of topology files, as published in `testbed/schema/topology.schema.json`.
 
-It says what a file may look like, for editors; names, reachability and addresses are for `testbed validate` alone.
+It describes the structure of a file, for editors; only `testbed validate` checks names, reachability and addresses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SCHEMA_FILE: Final = Path(__file__).resolve().parent.parent / "schema" / "topolo
 
 
 def topology_schema() -> dict[str, Any]:
-    """From the models, with the short forms that a file may use (`[h1, s1]`, `after: server`, `h3:`) added."""
+    """The schema of the models, plus the short forms that a file may use (`[h1, s1]`, `after: server`, `h3:`)."""
     schema = Topology.model_json_schema()
     definitions = schema["$defs"]
     node_name = {"type": "string", "pattern": NAME_PATTERN, "maxLength": LONGEST_NODE_NAME}
@@ -37,6 +37,6 @@ def topology_schema() -> dict[str, Any]:
 
 
 def publish(path: Path = SCHEMA_FILE) -> Path:
-    """Write the schema file; a unit test compares it with the models."""
+    """Write the schema file and return its path; a unit test compares the file with the models."""
     path.write_text(json.dumps(topology_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -1,6 +1,6 @@
-"""Quantities as a user writes them: `2s`, `500us`, `64MiB`, `0.1%`. Parsed to seconds, bytes and fractions.
+"""Quantities as a user writes them (`2s`, `500us`, `64MiB`, `0.1%`), parsed to seconds, bytes and fractions.
 
-A bare number is refused where its unit could be guessed wrongly (seconds or milliseconds?), with the guess as a hint.
+A number without a unit is rejected where its unit would be ambiguous (seconds or milliseconds?), with a hint.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _BYTES: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "M
 
 
 def duration(value: Any) -> float:
-    """`2s`, `1.5ms`, `50us` → seconds. Errors: PydanticCustomError `unit`."""
+    """Parse a duration (`2s`, `1.5ms`, `50us`) to seconds. Raises PydanticCustomError `unit`."""
     match = re.match(DURATION_PATTERN, value) if isinstance(value, str) else None
     if match:
         return float(match[1]) * _SECONDS[match[2]]
     raise PydanticCustomError(
-        "unit", "not a duration; allowed: a number with ns, us, ms, s, min or h{hint}", _guess(value)
+        "unit", "invalid duration; allowed: a number with ns, us, ms, s, min or h{hint}", _missing_unit(value)
     )
 
 
 def size(value: Any) -> int:
-    """`64MiB`, `10MB`, `512B` → bytes. Errors: PydanticCustomError `unit`."""
+    """Parse a size (`64MiB`, `10MB`, `512B`) to bytes. Raises PydanticCustomError `unit`."""
     match = re.match(SIZE_PATTERN, value) if isinstance(value, str) else None
     if match:
         return round(float(match[1]) * _BYTES[match[2]])
-    raise PydanticCustomError("unit", "not a size; allowed: a number with B, KB, MB, GB, KiB, MiB or GiB", {})
+    raise PydanticCustomError("unit", "invalid size; allowed: a number with B, KB, MB, GB, KiB, MiB or GiB", {})
 
 
 def fraction(value: Any) -> float:
-    """`0.001` or `0.1%` → 0.001; 0 to below 1. Errors: PydanticCustomError `fraction`."""
+    """Parse a fraction (`0.001` or `0.1%`) of at least 0 and below 1. Raises PydanticCustomError `fraction`."""
     number = -1.0
     if isinstance(value, str) and (match := re.match(PERCENT_PATTERN, value)):
         number = float(match[1]) / 100
@@ -50,13 +50,13 @@ def fraction(value: Any) -> float:
     hint = f"; hint: did you mean {value}%?" if isinstance(value, int | float) and 1 <= value < 100 else ""
     raise PydanticCustomError(
         "fraction",
-        "not a share; allowed: 0 up to (not including) 1, or a percentage such as 0.1%{hint}",
+        "invalid fraction; allowed: at least 0 and below 1, or a percentage such as 0.1%{hint}",
         {"hint": hint},
     )
 
 
 def moment(value: Any) -> float | int:
-    """When a migration starts: seconds as float, or bytes as int. Errors: PydanticCustomError `unit`."""
+    """Parse when a migration starts: seconds as float, or bytes as int. Raises PydanticCustomError `unit`."""
     if isinstance(value, str):
         if re.match(DURATION_PATTERN, value):
             return duration(value)
@@ -64,15 +64,15 @@ def moment(value: Any) -> float | int:
             return size(value)
     raise PydanticCustomError(
         "unit",
-        "neither a time nor an amount of data; allowed: 2s, 500ms (after the program's start) or 64MiB "
-        "(bytes that it has sent and received){hint}",
-        _guess(value),
+        "invalid time or amount of data; allowed: a time after the program's start (2s, 500ms) or the data that it has "
+        "sent and received (64MiB){hint}",
+        _missing_unit(value),
     )
 
 
-def _guess(value: Any) -> dict[str, str]:
+def _missing_unit(value: Any) -> dict[str, str]:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"hint": f"; hint: a unit is missing: {value}s" if number else ""}
+    return {"hint": f"; hint: add a unit, for example {value}s" if number else ""}
 
 
 def _text(pattern: str, description: str) -> WithJsonSchema:
@@ -80,7 +80,7 @@ def _text(pattern: str, description: str) -> WithJsonSchema:
 
 
 Duration = Annotated[float, BeforeValidator(duration), _text(DURATION_PATTERN, "a time with its unit: 500us, 2s")]
-"""Seconds."""
+"""A duration; the value is in seconds."""
 
 Moment = Annotated[
     float | int,
@@ -93,7 +93,7 @@ Moment = Annotated[
         }
     ),
 ]
-"""float: seconds; int: bytes."""
+"""When a migration starts: seconds as float, or bytes as int."""
 
 Fraction = Annotated[
     float,
@@ -104,8 +104,8 @@ Fraction = Annotated[
                 {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
                 {"type": "string", "pattern": PERCENT_PATTERN},
             ],
-            "description": "a share of the packets: 0.001 or 0.1%",
+            "description": "a fraction of the packets: 0.001 or 0.1%",
         }
     ),
 ]
-"""0 ≤ share < 1."""
+"""A fraction of packets, 0 ≤ value < 1."""
