@@ -1,8 +1,8 @@
 """What all runs on one machine share: a lock, the choice of tag and slot, two mount points, two settings.
 
-`/run/migros` (where each host mounts its own tmpfs) and `/run/sshd` (which sshd insists on) are empty folders of the
-machine. A run must not remove them while another run's hosts have them mounted, so they are part of no run's state:
-whoever ends last removes what the testbed has made (`release`), and `testbed clean` does the same.
+`/run/migros` (where each host mounts its own tmpfs) and `/run/sshd` (which sshd requires) are empty folders of the
+machine. A run must not remove them while another run's hosts have them mounted, so they belong to no run's state. The
+last run to end removes those that the testbed created (`release`), as does `testbed clean`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from testbed.cleanup.state import RunState
 from testbed.network import machine, plan, scheduling
 
 PRIVATE: Final = "/run/migros"
-"""Mounted in every host, private to it."""
+"""Mount point of each host's private tmpfs."""
 MOUNT_POINTS: Final = (PRIVATE, "/run/sshd")
 SOCKET_MEMORY: Final = 16 << 20
-"""Bytes of receive buffer for a port of the userspace datapath; see `wide_receive_buffers`."""
+"""Receive buffer in bytes of a port of the userspace datapath; see `wide_receive_buffers`."""
 _CHOICE: Final = "network.json"
 _MADE: Final = "mount-points"
 _RMEM: Final = "net.core.rmem_default"
@@ -35,7 +35,7 @@ _RMEM_SAVED: Final = "rmem_default"
 
 @contextlib.contextmanager
 def machine_lock(base: Path = run_state.BASE) -> Iterator[None]:
-    """One run at a time decides or changes what all share. Released by the kernel if its holder dies."""
+    """Hold the lock that protects all shared resources. The kernel releases it if its holder dies."""
     base.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(base / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -46,9 +46,9 @@ def machine_lock(base: Path = run_state.BASE) -> Iterator[None]:
 
 
 def claim(state: RunState) -> tuple[str, int]:
-    """A tag and a slot that no other run has; the mount points exist afterwards. Call with the lock held.
+    """Choose a tag and a slot that no other run uses, and create the mount points. Call with the lock held.
 
-    Raises EnvironmentProblem when every slot is taken.
+    Raises EnvironmentProblem if every slot is taken.
     """
     base = state.directory.parent
     taken = [_choice(directory) for directory in base.iterdir() if directory.is_dir()]
@@ -60,7 +60,11 @@ def claim(state: RunState) -> tuple[str, int]:
         if slot not in slots and not any(address in plan.slot_network(slot) for address in in_use):
             break
     else:
-        raise EnvironmentProblem("no management addresses left", where="network", hint="testbed clean")
+        raise EnvironmentProblem(
+            f"no management addresses left; allowed: {plan.SLOTS} runs at a time",
+            where="network",
+            hint="testbed clean removes what killed runs left",
+        )
     (state.directory / _CHOICE).write_text(json.dumps({"tag": tag, "slot": slot}))
     made = base / _MADE
     for path in map(Path, MOUNT_POINTS):
@@ -72,28 +76,28 @@ def claim(state: RunState) -> tuple[str, int]:
 
 
 def release(base: Path = run_state.BASE) -> None:
-    """If no run is left: the switch's scheduling as before, our mount points away. Call with the lock held."""
+    """If no run is left, restore the switch's scheduling and remove our mount points. Call with the lock held."""
     made = base / _MADE
     if any(path.is_dir() for path in base.iterdir()):
         return
-    scheduling.as_before(base)
+    scheduling.restore_priority(base)
     if not made.exists():
         return
     for line in made.read_text().splitlines():
         if line in MOUNT_POINTS:
-            with contextlib.suppress(OSError):  # somebody else uses it by now: then it stays
+            with contextlib.suppress(OSError):  # It stays if something else uses it by now.
                 os.rmdir(line)
     made.unlink()
 
 
 @contextlib.contextmanager
 def wide_receive_buffers(base: Path = run_state.BASE) -> Iterator[int]:
-    """Sockets opened meanwhile get a large receive buffer; gives its size in bytes. Call with the lock held.
+    """Give sockets opened inside a large receive buffer; yields its size in bytes. Call with the lock held.
 
     The userspace datapath reads each port through an AF_PACKET socket and leaves its receive buffer at the system's
-    default of 208 KiB. The kernel charges a 4200-byte frame with about 8 KiB or more, so a burst of some twenty frames
-    overflows it and the rest is lost, on a wire that has no queue like that. Open vSwitch has no option for it.
-    The old value is kept in a file until it is restored, for a run that is killed in between (`restore_buffers`).
+    default of 208 KiB. The kernel charges about 8 KiB or more for a 4200-byte frame, so a burst of some twenty frames
+    overflows the buffer and the rest is lost, which a real wire would not do. Open vSwitch has no option for it. The
+    old value is kept in a file until it is restored, in case the run is killed in between (`restore_buffers`).
     """
     restore_buffers(base)
     old = machine.read_sysctl(_RMEM)
@@ -104,7 +108,7 @@ def wide_receive_buffers(base: Path = run_state.BASE) -> Iterator[int]:
     try:
         machine.write_sysctl(_RMEM, str(SOCKET_MEMORY))
     except EnvironmentProblem:
-        # Read-only outside the machine's first network namespace, so in a container: slower under bursts, not wrong.
+        # Read-only outside the initial network namespace, as in a container: bursts are slower, results stay correct.
         (base / _RMEM_SAVED).unlink()
         yield int(old)
         return
@@ -115,7 +119,7 @@ def wide_receive_buffers(base: Path = run_state.BASE) -> Iterator[int]:
 
 
 def restore_buffers(base: Path = run_state.BASE) -> None:
-    """Put the kernel's default back if a killed run left it changed. Call with the lock held."""
+    """Restore the kernel's default if a killed run left it changed. Call with the lock held."""
     saved = base / _RMEM_SAVED
     if saved.exists():
         machine.write_sysctl(_RMEM, saved.read_text().strip())
@@ -123,7 +127,7 @@ def restore_buffers(base: Path = run_state.BASE) -> None:
 
 
 def clean(base: Path = run_state.BASE) -> None:
-    """For `testbed clean`, after the killed runs themselves: what they left of the shared things."""
+    """Remove the shared resources that killed runs left; `testbed clean` calls it after removing those runs."""
     if base.exists():
         with machine_lock(base):
             restore_buffers(base)
@@ -143,7 +147,7 @@ def _tag_in_use(tag: str) -> bool:
 
 
 def _addresses() -> list[ipaddress.IPv4Address]:
-    """Every IPv4 address of the machine's own interfaces, and of their peers."""
+    """Every IPv4 address of the machine's interfaces and of their point-to-point peers."""
     found = []
     for link in json.loads(machine.command("ip", "-json", "-4", "address", "show") or "[]"):
         for info in link.get("addr_info", []):

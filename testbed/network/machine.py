@@ -1,4 +1,4 @@
-"""Commands on this machine with their errors said plainly, and what this machine can do."""
+"""Running commands on this machine with errors that a user can read, and finding out what this machine can do."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NEEDED: Final = {
     "sshd": "openssh-server",
     "ssh-keygen": "openssh-client",
 }
-"""Program → Debian package."""
+"""Required program → its Debian package."""
 TIMEOUT: Final = 60.0
-"""Seconds for any one command."""
+"""Seconds that a single command may take."""
 
 
 class CommandFailed(EnvironmentProblem):
-    """A command of the operating system said no. `stderr` is what it said."""
+    """A command of the operating system failed; `stderr` is its error output."""
 
     def __init__(self, argv: Sequence[str], stderr: str, hint: str | None = None) -> None:
         self.argv = list(argv)
@@ -38,12 +38,12 @@ class CommandFailed(EnvironmentProblem):
 
 
 def command(*argv: str, stdin: str | None = None, pid: int | None = None, timeout: float = TIMEOUT) -> str:
-    """Run it, in the namespaces (network, mount) of process `pid` if given; gives its standard output.
+    """Run a command and return its standard output; with `pid`, in that process's network and mount namespaces.
 
-    It has a session of its own: Ctrl-C on the terminal must not end a command of the clean-up. One that may interrupt
-    does so in this process, and subprocess.run then ends the command.
+    The command gets a new session, so that Ctrl-C on the terminal cannot end a command of the clean-up. Where an
+    interrupt is allowed, it is raised in this process, and subprocess.run then ends the command.
 
-    Raises CommandFailed with what it wrote to standard error.
+    Raises CommandFailed with the command's standard error.
     """
     full = [*(["mnexec", "-a", str(pid)] if pid is not None else []), *argv]
     try:
@@ -61,20 +61,22 @@ def command(*argv: str, stdin: str | None = None, pid: int | None = None, timeou
 
 
 def ip_batch(lines: Sequence[str], pid: int | None = None) -> None:
-    """Several `ip` commands in one process. Raises CommandFailed naming the line."""
+    """Run several `ip` commands in one process. Raises CommandFailed, which names the line."""
     if lines:
         command("ip", "-batch", "-", stdin="\n".join(lines) + "\n", pid=pid)
 
 
 def check() -> None:
-    """Everything that a network needs is here. Raises EnvironmentProblem, naming all that is missing at once."""
+    """Check that this machine has everything a network needs. Raises EnvironmentProblem with all that is missing."""
     if os.geteuid() != 0:
-        raise EnvironmentProblem("not root", where="network", hint="network namespaces need root: sudo")
+        raise EnvironmentProblem("network namespaces need root", where="network", hint="run it with sudo")
     missing = {program: package for program, package in NEEDED.items() if program_path(program) is None}
     if missing:
         packages = " ".join(sorted(set(missing.values())))
         raise EnvironmentProblem(
-            f"missing: {', '.join(missing)}", where="network", hint=f"./bootstrap, or apt install {packages}"
+            f"programs not found: {', '.join(missing)}",
+            where="network",
+            hint=f"./bootstrap installs them; by hand: apt install {packages}",
         )
     try:
         command("ovs-vsctl", "--timeout=15", "show")
@@ -88,12 +90,12 @@ def check() -> None:
 
 
 def program_path(name: str) -> str | None:
-    """Where a program is; the superuser's folders are searched even if PATH lacks them."""
+    """Path of a program; the superuser's folders are searched even if PATH lacks them."""
     return shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
 
 
 def kernel_datapath() -> tuple[bool, str]:
-    """Whether Open vSwitch can forward in the kernel here, and if not, why."""
+    """Whether Open vSwitch can forward in the kernel on this machine, and the reason if it cannot."""
     try:
         command("ovs-dpctl", "dump-dps", timeout=10)
     except CommandFailed as error:
@@ -103,12 +105,12 @@ def kernel_datapath() -> tuple[bool, str]:
 
 
 def ovs_version() -> str:
-    """`3.1.0`."""
+    """The version of Open vSwitch, such as `3.1.0`."""
     return command("ovs-vsctl", "--version").split("\n", 1)[0].rsplit(" ", 1)[-1]
 
 
 def end_namespace(pid: int, patience: float = 5.0) -> None:
-    """End every process in the network namespace of `pid` but `pid` itself; never in the machine's own namespace."""
+    """Kill every process in the network namespace of `pid` except `pid`; never in the machine's own namespace."""
     space = _network_namespace(pid)
     if not space or space in (_network_namespace(1), _network_namespace(os.getpid())):
         return
@@ -125,7 +127,7 @@ def end_namespace(pid: int, patience: float = 5.0) -> None:
 
 
 def _network_namespace(pid: int) -> str:
-    """Empty for a process that is gone, or a zombie."""
+    """Identity of a process's network namespace; empty for a process that has ended, or a zombie."""
     try:
         return os.readlink(f"/proc/{pid}/ns/net")
     except OSError:
@@ -133,11 +135,12 @@ def _network_namespace(pid: int) -> str:
 
 
 def read_sysctl(name: str) -> str:
+    """Value of a kernel setting, such as `net.core.rmem_default`."""
     return _sysctl(name).read_text().strip()
 
 
 def write_sysctl(name: str, value: str) -> None:
-    """Raises EnvironmentProblem if the kernel refuses."""
+    """Change a kernel setting. Raises EnvironmentProblem if the kernel refuses."""
     try:
         _sysctl(name).write_text(value)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The network of one run: built in one call, taken away in one call, also when the building failed half way."""
+"""The network of one run: built by one call and removed by one call, even if building it failed half-way."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from testbed.network.plan import MANAGEMENT_INTERFACE, Plan, Wire, plan
 from testbed.topology import ResolvedTopology
 
 READY_TIMEOUT: Final = 60.0
-"""Seconds until all switches have connected and confirmed; usually one or two."""
+"""Seconds within which all switches must connect and confirm their flows; it usually takes one or two."""
 NEIGHBOUR_LIFETIME: Final = 3_600_000
-"""Milliseconds that a host trusts an ARP answer. The controller gives them; without it, paths must go on working."""
+"""Milliseconds that a host trusts an ARP answer; long, so that paths keep working if the controller ends."""
 MANAGEMENT_MTU: Final = 9000
 NODE_PREFIX: Final = 16
-"""Of the node addresses, 100.64.0.0/16."""
+"""Prefix length of the node addresses, 100.64.0.0/16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +33,24 @@ class VirtualHost:
 
     name: str
     pid: int
-    """Of the shell that holds its network and mount namespaces open."""
+    """Process id of the shell that holds the host's network and mount namespaces open."""
     interface: str
-    """Its data interface, by the name that it has inside."""
+    """Name of the data interface inside the host."""
     mac: str
     ip: str
     node_ip: str
     mgmt_ip: str
-    """Where its SSH server listens; reachable from the root namespace only."""
+    """Address that the host's SSH server listens on; reachable from the root namespace only."""
     access: ssh.Access
 
     def inside(self, argv: Sequence[str]) -> list[str]:
-        """`argv` as a command line that enters this host's network and mount namespaces first."""
+        """`argv` preceded by a command that enters this host's network and mount namespaces."""
         return ["mnexec", "-a", str(self.pid), *argv]
 
     def run(
         self, argv: Sequence[str], *, timeout: float = 60.0, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run a short command inside and wait. Raises RunFailed if it fails (unless `check` is False) or hangs."""
+        """Run a short command in the host. Raises RunFailed if it fails (unless `check` is False) or times out."""
         try:
             done = subprocess.run(self.inside(argv), capture_output=True, text=True, timeout=timeout, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -63,14 +63,14 @@ class VirtualHost:
         return done
 
     def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """Start a command inside; `options` are subprocess.Popen's."""
+        """Start a command in the host; `options` are those of subprocess.Popen."""
         return subprocess.Popen(self.inside(argv), **options)
 
 
 class Network:
-    """`start()`, use, `stop()`; or as a context manager, which stops also if `start` fails.
+    """The network of a run. Call `start` and `stop`, or use it as a context manager.
 
-    Everything is recorded in `state` before it exists. Logs go to `run_dir/network/`.
+    Everything is recorded in `state` before it is created. Logs go to `run_dir/network/`.
     """
 
     def __init__(self, resolved: ResolvedTopology, run_dir: Path, state: RunState) -> None:
@@ -80,15 +80,15 @@ class Network:
         self.plan: Plan
         self.hosts: dict[str, VirtualHost] = {}
         self.datapath = ""
-        """`kernel` or `userspace`, once started."""
+        """`kernel` or `userspace` once the network has started."""
         self.ovs_version = ""
         self.controller_version = ""
-        """`ryu 4.34` or `os-ken …`."""
+        """Framework and version, such as `ryu 4.34`."""
         self.limits: list[dict[str, str]] = []
-        """What could not be had as asked: wanted, got, why (as in the summary)."""
+        """What this machine could not provide as asked: wanted, got, why (as in the summary)."""
         self.nic_impairments: dict[str, dict[str, float]] = {}
-        """Host → what its NIC's port must do: the host's own `nic.impair` together with the delay and loss of its cable
-        that the kernel could not give, each way. Only hosts for which that differs from `nic.impair`."""
+        """Host → impairment for its NIC's port: the host's `nic.impair` combined with the delay and loss of its cable
+        (one way) that the kernel could not provide. Hosts whose impairment is just `nic.impair` are left out."""
         self.controller: ControllerClient
         self.access: ssh.Access
         self._controller_process: ControllerProcess | None = None
@@ -100,9 +100,9 @@ class Network:
     # -- building
 
     def start(self) -> None:
-        """Build it all; returns when every host reaches every other and accepts SSH.
+        """Build the network; returns when every host can reach every other and accepts SSH.
 
-        Raises EnvironmentProblem or RunFailed; what exists by then has been removed again.
+        Raises EnvironmentProblem or RunFailed, after everything that was created has been removed again.
         """
         try:
             self._start()
@@ -149,7 +149,7 @@ class Network:
         for name in self.plan.hosts:
             host = self._mininet.addHost(name, cls=PrivateHost, ip=None)
             token = self.state.record("host", pid=host.pid, name=name)
-            self._undo.append((f"host {name}", self._ender(host, token)))
+            self._undo.append((f"host {name}", self._node_remover(host, token)))
         for name, bridge in self.plan.bridges.items():
             dpid = f"{self.plan.datapath_ids[name]:016x}"
             kind = "kernel" if self.datapath == "kernel" else "user"
@@ -157,28 +157,29 @@ class Network:
                 bridge, cls=Bridge, run_id=self.state.run_id, dpid=dpid, datapath=kind, inNamespace=False
             )
             token = self.state.record("process", pid=switch.pid, role="switch shell", name=name)
-            self._undo.append((f"the shell of switch {name}", self._ender(switch, token)))
+            self._undo.append((f"the shell of switch {name}", self._node_remover(switch, token)))
             self._bridges[name] = switch
 
-    def _ender(self, node: Any, token: str) -> Callable[[], None]:
-        begun = False
+    def _node_remover(self, node: Any, token: str) -> Callable[[], None]:
+        called = False
 
-        def end() -> None:
-            nonlocal begun
+        def remove() -> None:
+            nonlocal called
             if node.shell is not None and node.inNamespace:
                 # A program that its agent could not end would keep the namespaces, and the interfaces in them, alive.
                 machine.end_namespace(node.pid)
-            if not begun:
-                begun = True
+            if not called:
+                called = True
                 node.terminate()
             elif node.shell is not None:
-                # Interrupted in `terminate`, which would now close a descriptor that may be another file's.
+                # The first call was interrupted in `terminate`. Calling it again could close a descriptor that by now
+                # belongs to another file.
                 node.shell.kill()
                 node.shell.wait()
                 node.shell = None
             self.state.forget(token)
 
-        return end
+        return remove
 
     def _make_wires(self) -> None:
         from testbed.network.nodes import Cable, Port
@@ -225,7 +226,7 @@ class Network:
             machine.write_sysctl(f"net.ipv6.conf.{link.outside}.disable_ipv6", "1")
 
     def _configure_hosts(self) -> None:
-        """Addresses and kernel settings of every host; offloads of every end of every cable."""
+        """Set the addresses and kernel settings of every host, and switch off offloads at both ends of every cable."""
         for wire in self.plan.wires:
             for end in (wire.a, wire.b):
                 if end.port:
@@ -239,9 +240,9 @@ class Network:
             settings = {
                 "net/ipv6/conf/all/disable_ipv6": 1,
                 "net/ipv6/conf/default/disable_ipv6": 1,
-                # An app's own address lives in the same subnet as its host's: removing one must not remove the other.
+                # An app's address is in the same subnet as its host's: removing one must not remove the other.
                 "net/ipv4/conf/all/promote_secondaries": 1,
-                # The data interface has the address beside its IPv4 address, and says next to nothing unasked.
+                # The data interface has an IPv6 address besides IPv4, but sends almost nothing unsolicited.
                 f"net/ipv6/conf/{host.interface}/accept_ra": 0,
                 f"net/ipv6/conf/{host.interface}/router_solicitations": 0,
                 f"net/ipv6/conf/{host.interface}/accept_dad": 0,
@@ -270,13 +271,13 @@ class Network:
         base = self.state.directory.parent
         with fixtures.machine_lock(base), contextlib.ExitStack() as stack:
             if self.datapath == "userspace":
-                scheduling.first(base)
+                scheduling.raise_priority(base)
                 size = stack.enter_context(fixtures.wide_receive_buffers(base))
                 if size < fixtures.SOCKET_MEMORY:
                     self.limits.append(
                         {
                             "wanted": f"receive buffers of {fixtures.SOCKET_MEMORY >> 20} MiB at the switches' ports",
-                            "got": f"{size >> 10} KiB: bursts of more than some twenty frames lose packets",
+                            "got": f"{size >> 10} KiB: bursts of more than about twenty frames lose packets",
                             "why": "net.core.rmem_default cannot be changed here",
                         }
                     )
@@ -293,29 +294,29 @@ class Network:
         return remove
 
     def _shape(self) -> None:
-        """After the bridges: Open vSwitch clears the queueing discipline of an interface when it becomes a port."""
+        """Shape all cables. Call it after the bridges: Open vSwitch clears the qdisc of an interface that it adds."""
         for wire in self.plan.wires:
             applied = True
             for end in (wire.a, wire.b):
                 pid = None if end.port else self._node(end.node).pid
                 applied &= shaping.shape(end.interface, wire.bw, wire.mtu, wire.delay, wire.loss, pid)
             if not applied:
-                self._hand_over(wire)
+                self._impair_in_nic(wire)
 
-    def _hand_over(self, wire: Wire) -> None:
-        """Delay and loss of a cable that the kernel cannot give. Raises EnvironmentProblem between two switches."""
+    def _impair_in_nic(self, wire: Wire) -> None:
+        """Let the host's NIC delay and lose a cable's packets. Raises EnvironmentProblem for a cable without a host."""
         host = self.plan.hosts.get(wire.a.node)
         if host is None:
             raise EnvironmentProblem(
-                "this kernel has no netem, so a link between switches can have neither delay nor loss",
+                "a link between switches cannot have delay or loss, because this kernel has no netem",
                 where=f"link {wire.name}",
-                hint="give them to the hosts' links: there the NIC's port plays them",
+                hint="set delay and loss on the hosts' links, where the NIC's port can apply them",
             )
         self.nic_impairments[host.name] = shaping.combined(host.nic.impair, wire.delay, wire.loss)
         self.limits.append(
             {
                 "wanted": f"delay and loss of link {wire.name} by the kernel (netem)",
-                "got": "by the NIC's port: they concern RDMA packets only",
+                "got": "by the NIC's port: only RDMA packets are affected",
                 "why": "the kernel has no netem",
             }
         )
@@ -342,17 +343,17 @@ class Network:
     # -- ending
 
     def stop(self) -> None:
-        """Remove all of it, newest first. Goes on after a failure; raises RunFailed at the end, naming what stayed.
+        """Remove everything, newest first. Continues after a failure, then raises RunFailed with what is left.
 
-        Can be called again, also after an interrupt in the midst of it: a step counts as done when it has ended, so
-        each must bear being repeated. What stayed is still in the state file, so `testbed clean` knows it.
+        May be called again, even after it was interrupted: a step counts as done only when it has completed, so each
+        step must be repeatable. What is left stays in the state file, so that `testbed clean` can remove it.
         """
         left: list[str] = []
         while self._undo:
             what, undo = self._undo[-1]
             try:
                 undo()
-            except Exception as error:  # whatever it is: the rest must go too
+            except Exception as error:  # Whatever went wrong, the rest must be removed too.
                 left.append(f"{what}: {error}")
             self._undo.pop()
         self.hosts = {}
@@ -361,11 +362,13 @@ class Network:
         self._mininet = None
         if left:
             raise RunFailed(
-                "not everything could be removed: " + "; ".join(left), where="network", hint="testbed clean"
+                "not everything could be removed: " + "; ".join(left),
+                where="network",
+                hint="testbed clean tries again",
             )
 
     def _release(self) -> None:
-        """Give tag and slot back. The mount points go when the last run's folder has gone (`fixtures.clean`)."""
+        """Free the tag and the slot. The mount points are removed once no run's folder is left (`fixtures.clean`)."""
         (self.state.directory / "network.json").unlink(missing_ok=True)
 
     def __enter__(self) -> Network:

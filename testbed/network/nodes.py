@@ -1,9 +1,9 @@
-"""Mininet's hosts, switches and cables, with their work checked.
+"""Mininet's hosts, switches and cables, with error checking.
 
-Mininet gives the virtual hosts (namespaces held open by a shell), the bridges and the book-keeping. It also ignores
-what its commands answer, removes interfaces and bridges that have a name it wants, needs some ten shell round trips per
-interface, and raises kernel limits of the whole machine. These subclasses do the creating themselves: one command each,
-its error raised.
+Mininet provides the virtual hosts (namespaces held open by a shell), the bridges and the book-keeping. It also ignores
+the results of its commands, removes existing interfaces and bridges whose names it wants, needs some ten shell round
+trips per interface, and raises kernel limits of the whole machine. These subclasses create everything themselves, each
+with one command whose failure is raised.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from testbed.network.fixtures import PRIVATE
 from testbed.network.machine import command
 
 if sys.version_info >= (3, 12):
-    # Mininet 2.3.0 imports distutils, which Python has dropped; setuptools brings a copy of its own.
+    # Mininet 2.3.0 imports distutils, which Python has removed; setuptools provides a copy.
     with contextlib.suppress(ImportError):
         import setuptools  # noqa: F401
 
@@ -30,40 +30,42 @@ except ImportError as error:
     raise EnvironmentProblem(
         f"Mininet's Python module cannot be imported: {error}",
         where="network",
-        hint="apt install mininet, and an environment made with --system-site-packages (./bootstrap does both)",
+        hint="./bootstrap installs it; by hand: apt install mininet, and create the venv with --system-site-packages",
     ) from error
 
 
 def mininet() -> Any:
-    """An empty Mininet. Its one-time initialisation is skipped: it raises limits of the whole machine for good."""
+    """An empty Mininet, without its one-time initialisation, which would permanently raise limits of the machine."""
     setLogLevel("error")
     Mininet.inited = True
     return Mininet(controller=None, build=False)
 
 
 class PrivateHost(Host):  # type: ignore[misc]
-    """A host with a tmpfs of its own at `/run/migros`, in its mount namespace."""
+    """A host with a private tmpfs at `/run/migros`, in its mount namespace."""
 
     @classmethod
     def setup(cls) -> None:
-        """Nothing: `machine.check` has been called. Mininet's own ends the process if something is missing."""
+        """Do nothing: `machine.check` has been called. Mininet's version ends the process if something is missing."""
 
     def mountPrivateDirs(self) -> None:
+        """Mount the tmpfs."""
         command("mount", "-t", "tmpfs", "-o", "mode=0755,nosuid", "migros", PRIVATE, pid=self.pid)
 
     def unmountPrivateDirs(self) -> None:
-        """Nothing: the mount goes with its namespace, when the last process in it has ended."""
+        """Do nothing: the mount disappears with its namespace, when the last process in it has ended."""
 
 
 class Port(Intf):  # type: ignore[misc]
-    """An interface that `network` configures, all of a host's in one batch."""
+    """An interface that `network` configures, together with the host's others."""
 
     def config(self, **_: Any) -> dict[str, Any]:
+        """Do nothing."""
         return {}
 
 
 class Cable(Link):  # type: ignore[misc]
-    """A veth pair with MTU and MACs from its first instant. `mtu` is given as a class attribute of a subclass."""
+    """A veth pair that is created with its MTU and MACs. A subclass gives `mtu` as a class attribute."""
 
     mtu = 1500
 
@@ -78,7 +80,7 @@ class Cable(Link):  # type: ignore[misc]
         node2: Any = None,
         deleteIntfs: bool = True,
     ) -> None:
-        """Create it, one end in each node's namespace. Nothing is deleted; a name that is taken is an error."""
+        """Create the pair, one end in each node's namespace. Raises CommandFailed if a name is taken."""
         del deleteIntfs
         one = ["name", intfname1, "mtu", str(cls.mtu), *(["address", addr1] if addr1 else []), *_place(node1)]
         two = ["name", intfname2, "mtu", str(cls.mtu), *(["address", addr2] if addr2 else []), *_place(node2)]
@@ -90,20 +92,20 @@ def _place(node: Any) -> list[str]:
 
 
 class Bridge(OVSSwitch):  # type: ignore[misc]
-    """An Open vSwitch bridge made in one transaction, marked with the run that it belongs to."""
+    """An Open vSwitch bridge that is created in one transaction and marked with the run that it belongs to."""
 
     @classmethod
     def setup(cls) -> None:
-        """Nothing: as for hosts. Mininet's own also gives Open vSwitch one second to answer."""
+        """Do nothing, as for hosts. Mininet's version also allows Open vSwitch just one second to answer."""
 
     def __init__(self, name: str, run_id: str, **params: Any) -> None:
         self.run_id = run_id
         super().__init__(name, failMode="secure", protocols="OpenFlow13", **params)
 
     def start_at(self, openflow_port: int, mtu: int) -> None:
-        """Create the bridge with its ports, in fail mode *secure*: flows stay when the controller is gone.
+        """Create the bridge with its ports, in fail mode *secure*: flows stay when the controller ends.
 
-        Waits until Open vSwitch has carried it out. Raises CommandFailed; EnvironmentProblem if a port did not come up.
+        Waits until Open vSwitch has applied it. Raises CommandFailed; EnvironmentProblem if a port did not come up.
         """
         userspace = ["datapath_type=netdev"] if self.datapath == "user" else []
         options = [
@@ -115,7 +117,7 @@ class Bridge(OVSSwitch):  # type: ignore[misc]
             ["add-br", self.name],
             ["set", "bridge", self.name, "fail_mode=secure", "protocols=OpenFlow13", *userspace, *options],
             ["set-controller", self.name, f"tcp:127.0.0.1:{openflow_port}"],
-            # A machine whose cores are all taken may leave the controller without time for many seconds.
+            # On a fully loaded machine the controller may get no CPU time for many seconds.
             ["set", "controller", self.name, "inactivity_probe=60000", "max_backoff=1000"],
         ]
         ports = [intf for intf in self.intfList() if self.ports[intf]]
@@ -133,9 +135,9 @@ class Bridge(OVSSwitch):  # type: ignore[misc]
                 raise EnvironmentProblem(
                     f"port {intf.name} has number {number} instead of {self.ports[intf]}: {problem}",
                     where=f"bridge {self.name}",
-                    hint="the log of ovs-vswitchd says more",
+                    hint="see the log of ovs-vswitchd",
                 )
 
     def remove(self) -> None:
-        """Delete the bridge; its ports' interfaces stay."""
+        """Delete the bridge; the interfaces of its ports stay."""
         command("ovs-vsctl", "--timeout=30", "--if-exists", "del-br", self.name)

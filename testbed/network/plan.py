@@ -1,7 +1,7 @@
-"""What is going to be built, decided before anything exists: every name, number and address of one run. Pure.
+"""The plan of one run's network: every name, number and address, decided before anything is created. Pure.
 
-Names of interfaces in the machine's root namespace carry the run's tag, `m3f2a`: two runs never meet, and nothing of
-anybody else's can have such a name by accident (creation is refused if it has). All are at most 15 characters long.
+Names of interfaces in the machine's root namespace contain the run's tag, such as `m3f2a`, so that runs do not collide
+with each other, and hardly with anything else (creation fails if they do). All are at most 15 characters long.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from testbed.topology import ResolvedHost, ResolvedTopology
 from testbed.topology.resolved import MANAGEMENT_NETWORK
 
 SLOTS: Final = 127
-"""Runs that can be on one machine at a time, by their management addresses."""
+"""Number of runs that can be on one machine at a time, limited by the management addresses."""
 MANAGEMENT_INTERFACE: Final = "mgmt"
-"""Inside every host."""
+"""Name of the management interface inside every host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class End:
     """One end of a link."""
 
     node: str
-    """Host or switch, as in the topology."""
+    """Name of the host or switch, as in the topology."""
     interface: str
-    """Name of the interface: inside the host, or in the root namespace for a switch."""
+    """Name of the interface, inside the host or (for a switch) in the root namespace."""
     port: int
     """OpenFlow port number; 0 at a host."""
     mac: str
@@ -36,21 +36,22 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """One cable of the data network, with what it shall be like each way."""
+    """One cable of the data network, with its properties in each direction."""
 
     a: End
-    """The host's end where there is a host."""
+    """The host's end, if the cable has one."""
     b: End
     mtu: int
     bw: float | None
-    """Mbit/s."""
+    """Bandwidth in Mbit/s; None if it is not limited."""
     delay: float
-    """Seconds, one way."""
+    """One-way delay in seconds."""
     loss: float
-    """Share of packets."""
+    """Fraction of packets lost."""
 
     @property
     def name(self) -> str:
+        """The names of both nodes, for messages."""
         return f"{self.a.node}–{self.b.node}"
 
 
@@ -67,7 +68,7 @@ class Management:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All of it."""
+    """Everything that is decided about a run's network."""
 
     tag: str
     bridges: dict[str, str]
@@ -80,18 +81,18 @@ class Plan:
 
 
 def switch_mac(switch: int, port: int) -> str:
-    """Of a switch's end of a cable: locally administered, apart from the hosts' 02:00:00:…"""
+    """MAC address of a switch's end of a cable: locally administered, and distinct from the hosts' 02:00:00:…"""
     return f"02:01:00:{switch & 0xFF:02x}:{port >> 8 & 0xFF:02x}:{port & 0xFF:02x}"
 
 
 def plan(resolved: ResolvedTopology, tag: str, slot: int = 0) -> Plan:
-    """Decide everything. `tag`: up to 5 characters. `slot` 0 … SLOTS-1 picks the block of management addresses.
+    """Make the plan. `tag` has up to 5 characters; `slot` (0 to SLOTS - 1) selects the block of management addresses.
 
-    Slot 0 gives the addresses of the resolved topology; slot k those 512·k further up, so that a second run on the same
-    machine has its own. Port numbers of a switch count from 1 in the order of the links.
+    Slot 0 uses the addresses of the resolved topology, slot k those 512·k further up, so that runs on the same machine
+    have different ones. The ports of a switch are numbered from 1 in the order of the links. Raises ValueError.
     """
     if not 0 <= slot < SLOTS:
-        raise ValueError(f"slot {slot}: there are {SLOTS}")
+        raise ValueError(f"slot {slot}; allowed: 0 to {SLOTS - 1}")
     number = {name: index for index, name in enumerate(resolved.switches, start=1)}
     bridges = {name: f"{tag}-s{index}" for name, index in number.items()}
     next_port = dict.fromkeys(resolved.switches, 1)
@@ -107,7 +108,7 @@ def plan(resolved: ResolvedTopology, tag: str, slot: int = 0) -> Plan:
     for wire in wires:
         for one in (wire.a, wire.b):
             if len(one.interface) > 15:
-                raise ValueError(f"interface name {one.interface} is longer than 15 characters")
+                raise ValueError(f"interface name {one.interface} is too long; allowed: up to 15 characters")
     return Plan(
         tag=tag,
         bridges=bridges,
@@ -129,12 +130,12 @@ def _management(resolved: ResolvedTopology, tag: str, slot: int) -> dict[str, Ma
 
 
 def slot_network(slot: int) -> ipaddress.IPv4Network:
-    """All management addresses of one slot."""
+    """The network of all management addresses of one slot."""
     return ipaddress.IPv4Network((int(MANAGEMENT_NETWORK[slot * 512]), 23))
 
 
 def _fabric(resolved: ResolvedTopology, wires: tuple[Wire, ...]) -> Fabric:
-    """The controller's picture. An app's own address is where its app starts."""
+    """The fabric for the controller. The address of an app is at the host that the app starts on."""
     addresses: dict[str, str] = {}
     for host in resolved.hosts.values():
         addresses |= dict.fromkeys(ip6.both(host.ip), host.name)

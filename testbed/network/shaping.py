@@ -1,8 +1,9 @@
-"""What a cable is like: no offloads, its bandwidth, its delay and loss.
+"""The properties of a cable: no offloads, its bandwidth, its delay and loss.
 
-Offloads on a veth pair make fiction of the wire: packets of 64 KiB, checksums never computed. Bandwidth is a token
-bucket at both ends, so each way is limited; Mininet's own silently ignores more than 1000 Mbit/s. Delay and loss are
-netem's where the kernel has it, otherwise the caller hands them to the NIC's port.
+Offloads on a veth pair would make the traffic unrealistic, with packets of 64 KiB and checksums that are never
+computed. Bandwidth is limited by a token bucket at both ends, thus in each direction; Mininet's implementation silently
+ignores values above 1000 Mbit/s. Delay and loss use netem if the kernel has it; otherwise the caller passes them to the
+NIC's port.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from testbed.base.errors import EnvironmentProblem
 from testbed.network.machine import CommandFailed, command
 
 OFFLOADS: Final = ("tx", "rx", "tso", "gso", "gro")
-"""As `ethtool -K` names them."""
+"""Offloads to switch off, by their names in `ethtool -K`."""
 _CHECKED: Final = {
     "tx-checksumming",
     "rx-checksumming",
@@ -22,15 +23,15 @@ _CHECKED: Final = {
     "generic-segmentation-offload",
     "generic-receive-offload",
 }
-"""As `ethtool -k` names them."""
+"""Offloads that must be off, by their names in `ethtool -k`."""
 _QUEUE_SECONDS: Final = 0.01
-"""What may wait at the bottleneck, in time at its rate: ten milliseconds, as in a switch with modest buffers."""
+"""Length of the bottleneck's queue, in seconds at its rate: ten milliseconds, as in a switch with modest buffers."""
 _FASTEST: Final = 400_000.0
-"""Mbit/s; tc counts bytes in 64 bits, but no machine sends faster."""
+"""Highest bandwidth in Mbit/s; tc could express more, but no machine sends faster."""
 
 
 def switch_off_offloads(interface: str, pid: int | None = None) -> None:
-    """Every offload that changes what is on the wire. Raises EnvironmentProblem if one stays on."""
+    """Switch off every offload that changes what is on the wire. Raises EnvironmentProblem if one stays on."""
     command("ethtool", "-K", interface, *(word for name in OFFLOADS for word in (name, "off")), pid=pid)
     listing = command("ethtool", "-k", interface, pid=pid)
     on = [
@@ -43,10 +44,10 @@ def switch_off_offloads(interface: str, pid: int | None = None) -> None:
 
 
 def token_bucket(bw: float, mtu: int) -> list[str]:
-    """tc's words for a limit of `bw` Mbit/s.
+    """The arguments of tc for a limit of `bw` Mbit/s. Raises ValueError for a bandwidth out of range.
 
-    The burst is half a millisecond at that rate and at least four frames: small enough for a migration's timeline,
-    large enough that one timer interrupt a millisecond cannot throttle the link below its rate.
+    The burst is half a millisecond at that rate and at least four frames: short on the timescale of a migration, yet
+    long enough that one timer interrupt per millisecond cannot throttle the link below its rate.
     """
     if not 0 < bw <= _FASTEST:
         raise ValueError(f"bandwidth {bw:g} Mbit/s; allowed: above 0, up to {_FASTEST:g}")
@@ -58,7 +59,7 @@ def token_bucket(bw: float, mtu: int) -> list[str]:
 
 
 def netem(delay: float, loss: float) -> list[str]:
-    """tc's words for `delay` seconds and a share `loss` of packets lost."""
+    """The arguments of tc for a delay of `delay` seconds and a fraction `loss` of packets lost."""
     words = ["netem", "limit", "100000"]
     words += ["delay", f"{delay * 1e6:.0f}us"] if delay else []
     words += ["loss", f"{loss * 100:.6f}%"] if loss else []
@@ -66,9 +67,9 @@ def netem(delay: float, loss: float) -> list[str]:
 
 
 def shape(interface: str, bw: float | None, mtu: int, delay: float, loss: float, pid: int | None = None) -> bool:
-    """Shape what leaves `interface`. False: this kernel has no netem, delay and loss were not applied (bandwidth was).
+    """Shape what leaves `interface`. Returns False if delay and loss were not applied because the kernel has no netem.
 
-    Raises EnvironmentProblem if the bandwidth cannot be had: it is refused, never dropped.
+    Raises EnvironmentProblem if the bandwidth cannot be applied; a limit is never ignored.
     """
     at = ["qdisc", "replace", "dev", interface]
     if bw is not None:
@@ -78,7 +79,7 @@ def shape(interface: str, bw: float | None, mtu: int, delay: float, loss: float,
             raise EnvironmentProblem(
                 f"the kernel cannot limit it to {bw:g} Mbit/s: {error.stderr}",
                 where=f"interface {interface}",
-                hint="leave bw out, or use a kernel with the token bucket filter (CONFIG_NET_SCH_TBF)",
+                hint="omit bw, or use a kernel with the token bucket filter (CONFIG_NET_SCH_TBF)",
             ) from error
         _verify(interface, bw, pid)
     if not delay and not loss:
@@ -94,15 +95,18 @@ def shape(interface: str, bw: float | None, mtu: int, delay: float, loss: float,
 
 
 def _verify(interface: str, bw: float, pid: int | None) -> None:
-    """The kernel has the rate that was asked for."""
+    """Check that the kernel has applied the requested rate. Raises EnvironmentProblem."""
     listing = json.loads(command("tc", "-json", "qdisc", "show", "dev", interface, pid=pid))
     rates = [entry["options"]["rate"] * 8 / 1e6 for entry in listing if entry.get("kind") == "tbf"]
     if not rates or abs(rates[0] - bw) > bw / 100:
-        raise EnvironmentProblem(f"asked for {bw:g} Mbit/s, the kernel has {rates}", where=f"interface {interface}")
+        raise EnvironmentProblem(
+            f"asked for {bw:g} Mbit/s, but the kernel set {', '.join(f'{rate:g} Mbit/s' for rate in rates) or 'none'}",
+            where=f"interface {interface}",
+        )
 
 
 def combined(nic: dict[str, float], delay: float, loss: float) -> dict[str, float]:
-    """The NIC's own impairments together with those of its cable."""
+    """The impairment that a NIC must apply: its own (`nic`) combined with the delay and loss of its cable."""
     both = dict(nic)
     if delay:
         both["delay"] = nic.get("delay", 0.0) + delay

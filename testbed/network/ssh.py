@@ -1,7 +1,7 @@
-"""SSH into the virtual hosts: keys of this run, one server per host, bound to its management address.
+"""SSH into the virtual hosts: keys for this run and one server per host, bound to the host's management address.
 
-Nothing of the user's or the machine's SSH is read or written: keys, configuration and authorized keys are files of the
-run, known hosts are handed over as a key, not through `~/.ssh`.
+The user's and the machine's SSH files are neither read nor written: keys, configuration and authorized keys are files
+of the run, and clients get the servers' public key directly instead of through `~/.ssh`.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from testbed.cleanup.state import RUN_VARIABLE, RunState
 from testbed.network.machine import command, program_path
 
 PORT: Final = 22
-"""In a network namespace of its own, so nobody else's."""
+"""Port of every server; each is in its host's network namespace, so they do not collide."""
 START_TIMEOUT: Final = 30.0
 STOP_TIMEOUT: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How to get into any host of this run."""
+    """Credentials for logging in to any host of this run."""
 
     user: str
     key: Path
-    """Private key (ed25519, OpenSSH format), readable by root only, gone with the run."""
+    """Private key (ed25519, OpenSSH format), readable by root only and removed with the run."""
     host_key: str
-    """The servers' public key as one line `ssh-ed25519 AAAA…`: what the client must insist on."""
+    """The servers' public key as one line `ssh-ed25519 AAAA…`, which the client must verify."""
     port: int = PORT
 
 
 def make_keys(directory: Path) -> Access:
-    """A key pair for the servers and one for the harness, in `directory` (made, mode 0700)."""
+    """Make a key pair for the servers and one for the testbed in `directory`, which is created with mode 0700."""
     directory.mkdir(mode=0o700)
     for name in ("host_key", "user_key"):
         command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "migros-testbed", "-f", str(directory / name))
@@ -45,7 +45,7 @@ def make_keys(directory: Path) -> Access:
 
 
 def configuration(directory: Path, address: str, run_id: str) -> str:
-    """sshd_config of one host."""
+    """The sshd_config of one host."""
     return "\n".join(
         [
             f"ListenAddress {address}:{PORT}",
@@ -54,7 +54,7 @@ def configuration(directory: Path, address: str, run_id: str) -> str:
             "AuthenticationMethods publickey",
             "PermitRootLogin prohibit-password",
             "StrictModes yes",
-            # PAM's session modules want a machine's services; only an account locked in /etc/shadow needs it.
+            # PAM's session modules expect the services of a full machine; only a locked account needs PAM.
             f"UsePAM {'yes' if _root_is_locked() else 'no'}",
             "UseDNS no",
             "PrintMotd no",
@@ -65,7 +65,7 @@ def configuration(directory: Path, address: str, run_id: str) -> str:
             "MaxStartups 100",
             "PidFile none",
             "LogLevel INFO",
-            # A session starts with an empty environment; the mark tells `testbed clean` whose processes these are.
+            # A session starts with an empty environment; the variable tells `testbed clean` which run it belongs to.
             f"SetEnv {RUN_VARIABLE}={run_id}",
             "Subsystem sftp internal-sftp",
             "",
@@ -74,7 +74,7 @@ def configuration(directory: Path, address: str, run_id: str) -> str:
 
 
 def _root_is_locked() -> bool:
-    """sshd without PAM refuses an account whose password begins with an exclamation mark (Ubuntu's root)."""
+    """Whether root's password begins with an exclamation mark (as on Ubuntu), which sshd accepts only with PAM."""
     try:
         lines = Path("/etc/shadow").read_text().splitlines()
     except OSError:
@@ -96,10 +96,10 @@ class Server:
         self._token = ""
 
     def start(self) -> None:
-        """Start it; `wait` then waits until it listens."""
+        """Start the server; `wait` then waits until it listens."""
         file = self.directory / f"sshd_config-{self.host}"
         file.write_text(configuration(self.directory, self.address, self.state.run_id))
-        # sshd wants to be called by its full path, since it calls itself again for each connection.
+        # sshd must be started by its full path, because it executes itself again for each connection.
         sshd = program_path("sshd") or "/usr/sbin/sshd"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -112,17 +112,17 @@ class Server:
         self._token = self.state.record("process", pid=self._process.pid, role="sshd", host=self.host)
 
     def wait(self) -> None:
-        """Until a connection is accepted. Raises RunFailed if sshd has ended or stays deaf."""
+        """Wait until the server listens. Raises RunFailed if it has ended or does not listen within START_TIMEOUT."""
         assert self._process is not None
         deadline = time.monotonic() + START_TIMEOUT
         while not self._listens():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 last = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
-                raise RunFailed(f"sshd does not run: {last[0]}", where=f"host {self.host}", hint=f"see {self.log}")
+                raise RunFailed(f"sshd did not start: {last[0]}", where=f"host {self.host}", hint=f"see {self.log}")
             time.sleep(0.01)
 
     def _listens(self) -> bool:
-        """By the kernel's table of this host's sockets: a connection would leave a line in the log for each attempt."""
+        """Whether the host has a listening socket, from the kernel's table: a connection attempt would be logged."""
         port = f":{PORT:04X}"
         for line in Path(f"/proc/{self.pid}/net/tcp").read_text().splitlines()[1:]:
             fields = line.split()
@@ -131,7 +131,7 @@ class Server:
         return False
 
     def stop(self) -> None:
-        """End the listener; sessions end with the host. Can be called again."""
+        """End the listener; sessions end with the host. May be called again."""
         if self._process is None:
             return
         if self._process.poll() is None:
@@ -142,4 +142,4 @@ class Server:
                 self._process.kill()
                 self._process.wait()
         self.state.forget(self._token)
-        self._process = None  # last: an interrupt before it leaves all of this to be done again
+        self._process = None  # Last, so that after an interrupt all of this is done again.

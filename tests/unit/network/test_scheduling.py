@@ -31,24 +31,24 @@ def policy(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another's scheduling needs root")
 def test_first_and_back(switch: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    assert scheduling.first(tmp_path, tmp_path / "pid")
+    assert scheduling.raise_priority(tmp_path, tmp_path / "pid")
     assert policy(switch) == os.SCHED_RR
-    assert scheduling.first(tmp_path, tmp_path / "pid"), "a second run beside the first"
-    scheduling.as_before(tmp_path)
+    assert scheduling.raise_priority(tmp_path, tmp_path / "pid"), "a second run beside the first"
+    scheduling.restore_priority(tmp_path)
     assert policy(switch) == os.SCHED_OTHER
-    scheduling.as_before(tmp_path)
+    scheduling.restore_priority(tmp_path)
 
 
 def test_another_process_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "pid").write_text(str(os.getpid()))
     before = os.sched_getscheduler(0)
-    assert not scheduling.first(tmp_path, tmp_path / "pid")
+    assert not scheduling.raise_priority(tmp_path, tmp_path / "pid")
     assert os.sched_getscheduler(0) == before
-    assert not scheduling.first(tmp_path, tmp_path / "missing")
-    scheduling.as_before(tmp_path)
+    assert not scheduling.raise_priority(tmp_path, tmp_path / "missing")
+    scheduling.restore_priority(tmp_path)
 
 
 def test_a_damaged_file_is_only_removed(tmp_path: Path) -> None:
     (tmp_path / "switch-scheduling").write_text("{")
-    scheduling.as_before(tmp_path)
+    scheduling.restore_priority(tmp_path)
     assert not (tmp_path / "switch-scheduling").exists()

@@ -148,7 +148,7 @@ def test_a_node_can_be_ended_again(run: RunState) -> None:
     assert node.shell is not None
     pid = node.shell.pid
     network = empty_network(run)
-    network._undo.append(("host h1", network._ender(node, run.record("host", pid=pid, name="h1"))))
+    network._undo.append(("host h1", network._node_remover(node, run.record("host", pid=pid, name="h1"))))
     with pytest.raises(KeyboardInterrupt):
         network.stop()
     network.stop()
