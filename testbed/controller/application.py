@@ -1,10 +1,10 @@
 """The OpenFlow 1.3 application: sends what `routes` decides, waits for barriers, answers ARP and neighbour discovery.
 
-Runs unchanged on Ryu and on os-ken. The framework delivers events on this application's own event thread; requests from
-the northbound socket arrive on threads of their own, take `self._one_at_a_time`, send, and sleep until the event thread
-has seen every barrier reply.
+It runs unchanged on Ryu and on os-ken. The framework delivers events on the application's event thread; each connection
+to the northbound socket has a thread, which takes `self._one_at_a_time`, sends, and sleeps until the event thread has
+seen every barrier reply.
 
-An IPv4 address and the IPv6 address beside it (`testbed.base.ip6`) are moved together: requests name the former.
+An IPv4 address and its companion IPv6 address (`testbed.base.ip6`) move together; requests name the IPv4 address.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ fw = framework.loaded()
 ofp, parser = fw.ofproto, fw.parser
 
 ARP_PRIORITY: Final = 0xA000
-"""Above every address's flows."""
+"""Priority of the flows for ARP and neighbour discovery, above those of every address."""
 BARRIER_TIMEOUT: Final = 10.0
-"""Seconds. A switch confirms within milliseconds; on a machine whose cores are all taken it may be a second."""
+"""Seconds to wait for a barrier reply. It takes milliseconds, or up to a second on a fully loaded machine."""
 FOLLOW_TIMEOUT: Final = 10.0
-"""Seconds. Until the datapath follows its tables; usually one to three milliseconds."""
+"""Seconds to wait until the datapath follows its tables; it usually takes one to three milliseconds."""
 COOKIE: Final = 0x6D6967726F73
-"""Marks our flow entries ("migros")."""
+"""Cookie ("migros") that marks our flow entries."""
 
 log = logging.getLogger("testbed.controller")
 
@@ -43,37 +43,38 @@ Handler = TypeVar("Handler", bound=Callable[..., None])
 
 
 def on(event: Any, states: Any) -> Callable[[Handler], Handler]:
-    """The framework's decorator for event handlers, with a type."""
+    """The framework's decorator for event handlers, with a type annotation."""
     return cast("Callable[[Handler], Handler]", fw.handler.set_ev_cls(event, states))
 
 
 class Reroute(fw.App):  # type: ignore[misc, name-defined]
-    """One instance per process. The launcher sets the class attributes before the framework makes it."""
+    """The application; one instance per process. `__main__` sets the class attributes before it is created."""
 
     OFP_VERSIONS: ClassVar = [ofp.OFP_VERSION]
     fabric: ClassVar[Fabric]
     listener: ClassVar[Any]
-    """Northbound socket, listening."""
+    """The listening northbound socket."""
     flow_cache: ClassVar[FlowCache | None] = None
-    """Of the Open vSwitch that all switches are bridges of; None: a barrier reply is all the confirmation there is."""
+    """Flow cache of the Open vSwitch that has all bridges; if None, a barrier reply is the only confirmation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.table = RouteTable(self.fabric)
         self.datapaths: dict[str, Any] = {}
         self.ports: dict[str, dict[int, str]] = {}
-        """Switch → OpenFlow port → interface, as the switch itself describes them."""
+        """Switch → OpenFlow port → interface, as announced by the switch."""
         self.first_paths = FirstPaths(self._install, self._missing, fw.hub)
         self.arp_answered = 0
         self._names = {dpid: name for name, dpid in self.fabric.switches.items()}
         self._one_at_a_time = threading.Lock()
         self._waiting: dict[tuple[str, int], threading.Event] = {}
-        """(switch, xid) of a barrier request → set at its reply."""
+        """(switch, xid) of a barrier request → event that is set by its reply."""
         self._confirmed: dict[tuple[str, int], float] = {}
         self._refused: dict[str, str] = {}
-        """Switch → the last error message from it."""
+        """Switch → its last error message."""
 
     def start(self) -> None:
+        """Start serving the northbound socket."""
         super().start()
         calls: dict[str, northbound.Call] = {
             "status": self.status,
@@ -95,7 +96,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         name = self._names.get(datapath.id)
         if name is None:
             if datapath.id is not None:
-                log.warning("switch with datapath id %#x is none of ours", datapath.id)
+                log.warning("unknown switch with datapath id %#x", datapath.id)
             return
         if event.state == fw.handler.DEAD_DISPATCHER:
             if self.datapaths.get(name) is datapath:
@@ -120,25 +121,25 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
 
     @on(fw.ofp_event.EventOFPPortDescStatsReply, fw.handler.MAIN_DISPATCHER)
     def on_ports(self, event: Any) -> None:
-        """The ports that a switch has. Once all switches are there, the first paths go in."""
+        """A switch has listed its ports. Once every switch has, the first paths are installed."""
         name = self._names[event.msg.datapath.id]
         found = {port.port_no: port.name.decode(errors="replace").rstrip("\0") for port in event.msg.body}
         self.ports[name] = {**self.ports.get(name, {}), **found}
-        self.first_paths.look()
+        self.first_paths.check()
 
     @on(fw.ofp_event.EventOFPPortStatus, fw.handler.MAIN_DISPATCHER)
     def on_port_status(self, event: Any) -> None:
-        """A port has come or gone since."""
+        """A port has been added, changed or removed since the switch listed its ports."""
         name, port = self._names[event.msg.datapath.id], event.msg.desc
         if event.msg.reason == ofp.OFPPR_DELETE:
             self.ports.get(name, {}).pop(port.port_no, None)
         else:
             self.ports.setdefault(name, {})[port.port_no] = port.name.decode(errors="replace").rstrip("\0")
-            self.first_paths.look()
+            self.first_paths.check()
 
     @on(fw.ofp_event.EventOFPBarrierReply, fw.handler.MAIN_DISPATCHER)
     def on_barrier(self, event: Any) -> None:
-        """All that was sent to this switch before has been carried out."""
+        """The switch has carried out everything that was sent to it before the barrier."""
         key = self._names[event.msg.datapath.id], event.msg.xid
         if waiting := self._waiting.pop(key, None):
             self._confirmed[key] = time.monotonic()
@@ -146,15 +147,17 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
 
     @on(fw.ofp_event.EventOFPErrorMsg, [fw.handler.CONFIG_DISPATCHER, fw.handler.MAIN_DISPATCHER])
     def on_error(self, event: Any) -> None:
-        """A switch has refused something; the barrier that follows tells the one who asked."""
+        """A switch has refused a message; the thread that sent it sees the refusal at the barrier that follows."""
         name = self._names.get(event.msg.datapath.id, "?")
         self._refused[name] = f"OpenFlow error type {event.msg.type}, code {event.msg.code}"
         log.error("%s: %s", name, self._refused[name])
 
     @on(fw.ofp_event.EventOFPPacketIn, fw.handler.MAIN_DISPATCHER)
     def on_packet(self, event: Any) -> None:
-        """Only questions for MACs come here. Known addresses are answered from the table, the rest is dropped: nothing
-        is flooded."""
+        """Answer a question for a MAC, the only kind of packet that switches send here.
+
+        Questions for known addresses are answered from the table, all others are dropped; nothing is flooded.
+        """
         message = event.msg
         answer = self._answer(message.data)
         if answer is None:
@@ -172,7 +175,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         self.arp_answered += 1
 
     def _answer(self, frame: bytes) -> bytes | None:
-        """What to say to a question for a MAC."""
+        """The answer to an ARP request or a neighbour solicitation; None if there is none to give."""
         request, question = ArpFrame.parse(frame), Solicitation.parse(frame)
         if request is not None and request.is_request:
             mac = self.table.mac_of(str(ipaddress.IPv4Address(request.target_ip)))
@@ -199,7 +202,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         )
 
     def _messages(self, datapath: Any, change: Change) -> list[Any]:
-        """The flow-mods of one change. A companion entry comes after its flow and goes before it."""
+        """The flow-mods of one change. A companion entry is added after its flow and deleted before it."""
         flow = change.flow
         rewrite = [parser.OFPActionSetField(eth_dst=flow.eth_dst)] if flow.eth_dst else []
         field, address = flow.match
@@ -215,7 +218,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         return [self._flow_mod(datapath, ofp.OFPFC_DELETE_STRICT, *entry) for entry in reversed(entries)]
 
     def _carry_out(self, stages: list[Stage]) -> list[dict[str, Any]]:
-        """Each stage to its switches, a barrier to each, then the next stage.
+        """Send each stage to its switches, with a barrier to each, and wait for the replies before the next stage.
 
         Returns the changes with the times of their barrier replies. Raises Unready if a switch is not connected,
         refuses, or does not confirm in time.
@@ -256,7 +259,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
             self._carry_out([self.table.install()])
 
     def _missing(self) -> list[str]:
-        """What the fabric promises and no switch has announced."""
+        """The switches and ports of the fabric that have not been announced yet, in words."""
         missing = [f"switch {name}" for name in self.fabric.switches if name not in self.datapaths]
         for name, ports in self.ports.items():
             for port, interface in self.fabric.expected_ports(name).items():
@@ -268,12 +271,14 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
 
     def _require_ready(self) -> None:
         if self.first_paths.ready_at is None:
-            raise northbound.Unready(f"not ready: {', '.join(self._missing()) or 'first paths not confirmed yet'}")
+            missing = ", ".join(self._missing())
+            reason = f"missing {missing}" if missing else "the first paths are not confirmed yet"
+            raise northbound.Unready(f"the network is not ready: {reason}")
 
     # -- northbound calls (docs/controller.md); parameter names are part of the interface
 
     def status(self) -> dict[str, Any]:
-        """What is connected, what is missing."""
+        """Readiness: which switches are connected and what is missing."""
         return {
             "framework": framework.version(fw.kind),
             "ready": self.first_paths.ready_at is not None,
@@ -285,7 +290,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         }
 
     def topology(self) -> dict[str, Any]:
-        """The fabric, with the addresses where they are now."""
+        """The fabric, with the addresses at their current hosts."""
         hosts = {
             name: {
                 "addresses": sorted(ip for ip, host in self.table.owner.items() if host == name),
@@ -299,11 +304,11 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         return {"hosts": hosts, "switches": dict(self.fabric.switches), "links": links, "ports": self.ports}
 
     def path(self, from_host: str, ip: str) -> dict[str, Any]:
-        """Names on the way of a packet for `ip`, `from_host` and the receiving host included."""
+        """Names of the nodes on the path of a packet for `ip`, from `from_host` to the receiving host."""
         return {"path": self.table.path(from_host, ip)}
 
     def prepare_move(self, ip: str, to_host: str) -> dict[str, Any]:
-        """Put the new flows beneath the old ones; no packet takes another way yet."""
+        """Add the new flows below the old ones; no packet changes its path yet."""
         with self._one_at_a_time:
             self._begin(ip)
             self._require_ready()
@@ -311,26 +316,26 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         return {"prepared_at": time.monotonic(), "flows": flows}
 
     def move(self, ip: str, to_host: str) -> dict[str, Any]:
-        """Let packets for `ip` go to `to_host`; prepares first if that has not been done."""
+        """Redirect packets for `ip` to `to_host`; prepares the move first if that has not been done."""
         with self._one_at_a_time:
             self._begin(ip)
             self._require_ready()
             return self._move(ip, to_host)
 
     def undo_move(self, ip: str) -> dict[str, Any]:
-        """Take the last preparation or move back. A second call finds nothing to undo."""
+        """Undo the last preparation or move. Does nothing if there is none, so it may be called again."""
         with self._one_at_a_time:
             self._require_ready()
-            begun = time.monotonic()
+            now = time.monotonic()
             target = self.table.undo_target(ip)
             if target is None:
-                return {"begun_at": begun, "confirmed_at": begun, "flows": []}
+                return {"begun_at": now, "confirmed_at": now, "flows": []}
             answer = self._move(ip, target)
             self._begin(ip)
             return answer
 
     def add_address(self, ip: str, host: str) -> dict[str, Any]:
-        """A further address at `host`: paths to it and ARP answers for it."""
+        """Add another address at `host`: install paths to it and answer ARP requests for it."""
         self._require_ready()
         with self._one_at_a_time:
             stages = [self.table.announce(ip, host)]
@@ -340,10 +345,10 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         return {"confirmed_at": time.monotonic(), "flows": flows}
 
     def _both(self, ip: str) -> list[str]:
-        """An address and the one beside it, as far as they are known here."""
+        """The address and its companion IPv6 address, if that one is known here."""
         try:
             return [address for address in ip6.both(ip) if address == ip or address in self.table.owner]
-        except ValueError:  # no IPv4 address: there is none beside it, and the table says whether it knows it
+        except ValueError:  # Not an IPv4 address, so it has no companion; the table checks whether it is known.
             return [ip]
 
     def _begin(self, ip: str) -> None:
@@ -354,7 +359,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         return side_by_side(*(self.table.prepare(address, to_host) for address in self._both(ip)))
 
     def _move(self, ip: str, to_host: str) -> dict[str, Any]:
-        begun = time.monotonic()
+        started_at = time.monotonic()
         flows = []
         if any(self.table.prepared.get(address) != to_host for address in self._both(ip)):
             flows += self._carry_out(self._prepare(ip, to_host))
@@ -363,13 +368,13 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         for address, stages in moves.items():
             self.table.moved(address, to_host)
             self._follow(address, stages)
-        return {"begun_at": begun, "confirmed_at": time.monotonic(), "flows": flows}
+        return {"begun_at": started_at, "confirmed_at": time.monotonic(), "flows": flows}
 
     def _follow(self, ip: str, stages: list[Stage]) -> None:
-        """Until no cached flow for `ip` uses a port that its flows have left. Raises Unready after FOLLOW_TIMEOUT.
+        """Wait until no cached flow for `ip` uses a port that its flows have left. Raises Unready after FOLLOW_TIMEOUT.
 
-        Once at the end is enough: a packet that a lagging cache sends to a switch which has changed already is turned
-        back there, into an entry that the cache does not have yet.
+        Doing this once at the end is enough: a packet that a lagging cache sends to a switch that has already changed
+        is turned back there, to an entry that the cache does not have yet.
         """
         left = {
             self.ports[change.flow.switch][change.flow.out_port]
@@ -389,6 +394,6 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
             raise northbound.Unready(f"cannot read the flow cache: {error}") from error
 
     def _has_left(self, change: Change) -> bool:
-        """The switch does not send the address out of that port any more."""
+        """Whether the switch no longer sends packets for the address out of that port."""
         now = self.table.effective(change.flow.switch, change.flow.address)
         return now is None or now.out_port != change.flow.out_port

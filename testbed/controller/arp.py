@@ -9,7 +9,7 @@ from typing import Final
 _FRAME: Final = struct.Struct("!6s6sH HHBBH 6sI6sI")
 """Ethernet header; hardware and protocol type, their lengths, operation; sender MAC and IP, target MAC and IP."""
 _SHORTEST: Final = 60
-"""Ethernet's smallest frame without its check sequence."""
+"""Bytes of the smallest Ethernet frame, without its check sequence."""
 _ETHERTYPE: Final = 0x0806
 _ETHERNET, _IPV4, _REQUEST, _REPLY = 1, 0x0800, 1, 2
 
@@ -25,11 +25,12 @@ class ArpFrame:
 
     @property
     def is_request(self) -> bool:
+        """Whether the frame asks for a MAC."""
         return self.operation == _REQUEST
 
     @classmethod
     def parse(cls, frame: bytes) -> ArpFrame | None:
-        """None if it is anything but ARP for IPv4 over untagged Ethernet."""
+        """Parse a frame; returns None for anything but ARP for IPv4 over untagged Ethernet."""
         if len(frame) < _FRAME.size:
             return None
         _, _, *kind, operation, mac, ip, _, target = _FRAME.unpack_from(frame)
@@ -39,9 +40,10 @@ class ArpFrame:
 
 
 def reply_to(request: ArpFrame, mac: str) -> bytes | None:
-    """The frame "`target_ip` is at `mac`", to the one who asked. None for one who asks for an address of its own.
+    """The frame "`target_ip` is at `mac`", addressed to the sender of the request.
 
-    The latter is duplicate address detection or a gratuitous announcement; an answer would look like a conflict.
+    None if the sender has that MAC itself: its request is then duplicate address detection or a gratuitous
+    announcement, and a reply would look like a conflict.
     """
     answer = bytes.fromhex(mac.replace(":", ""))
     if answer == request.sender_mac:

@@ -1,12 +1,12 @@
-"""Open vSwitch's flow cache: when does the datapath really follow a changed flow table?
+"""Open vSwitch's flow cache: when does the datapath actually follow a changed flow table?
 
-A barrier reply says that the OpenFlow tables have changed. Packets, however, are forwarded by cached flows, which the
-revalidator threads bring in line a little later: one to three milliseconds on an idle machine, more on a busy one. A
-packet sent after the barrier may so still reach the old host, whose NIC has stopped and would pause the sender again.
-So a move counts as confirmed only when no cached flow for the address leads out of a port that its flow has left.
+A barrier reply confirms that the OpenFlow tables have changed. Packets, however, are forwarded by cached flows, which
+the revalidator threads update a little later: after one to three milliseconds on an idle machine, later on a busy one.
+Until then, a packet may still reach the old host, whose NIC has stopped and would pause the sender again. A move
+therefore counts as confirmed only when no cached flow for the address leads out of a port that its flow has left.
 
 `ovs-appctl revalidator/wait` would be the obvious call, but it waits for the next round to end, which is half a second
-later if the round in question is over already. Reading the cached flows takes 0.2 ms and touches nothing.
+later if the round in question is already over. Reading the cached flows takes 0.2 ms and has no side effects.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pathlib import Path
 from typing import Any, Final
 
 DATAPATHS: Final = {"userspace": "netdev@ovs-netdev", "kernel": "system@ovs-system"}
-"""What Open vSwitch calls the datapath that all bridges of one kind share."""
+"""Open vSwitch's name of the datapath that all bridges of one kind share."""
 ANSWER_TIMEOUT: Final = 10.0
 _ACTIONS: Final = re.compile(r"actions:(.*)$")
 
 
 class FlowCacheError(RuntimeError):
-    """Open vSwitch does not answer, or refuses."""
+    """Open vSwitch does not answer, or refuses the request."""
 
 
 def control_socket(run_directory: Path | None = None) -> Path:
-    """Where ovs-vswitchd listens for `ovs-appctl`. Raises FlowCacheError if it does not run."""
+    """Path of the socket on which ovs-vswitchd serves `ovs-appctl`. Raises FlowCacheError if it is not running."""
     directory = run_directory or Path(os.environ.get("OVS_RUNDIR", "/run/openvswitch"))
     try:
         pid = int((directory / "ovs-vswitchd.pid").read_text())
     except (OSError, ValueError) as error:
-        raise FlowCacheError(f"ovs-vswitchd does not run: {error}") from error
+        raise FlowCacheError(f"ovs-vswitchd is not running: {error}") from error
     return directory / f"ovs-vswitchd.{pid}.ctl"
 
 
@@ -47,7 +47,7 @@ class FlowCache:
         self._socket: socket.socket | None = None
 
     def outputs(self, address: str) -> set[str]:
-        """Interfaces that cached flows for packets to `address` lead to. Raises FlowCacheError."""
+        """Names of the interfaces that cached flows send packets for `address` to. Raises FlowCacheError."""
         what = f"ipv6,ipv6_dst={address}" if ":" in address else f"ip,nw_dst={address}"
         listing = self._call("dpctl/dump-flows", "--names", self.datapath, f"filter={what}")
         return outputs(listing)
@@ -70,7 +70,7 @@ class FlowCache:
         return str(answer.get("result") or "")
 
     def _answer(self) -> dict[str, Any]:
-        """Answers follow each other without a delimiter: read until it is a whole JSON object."""
+        """Read one answer. There is no delimiter, so read until the text is a complete JSON object."""
         assert self._socket is not None
         text = b""
         while True:
@@ -85,7 +85,7 @@ class FlowCache:
 
 
 def outputs(listing: str) -> set[str]:
-    """Interfaces in the actions of `ovs-appctl dpctl/dump-flows --names`: the words outside of any parentheses."""
+    """Interfaces in the actions of `ovs-appctl dpctl/dump-flows --names`: the words outside all parentheses."""
     found: set[str] = set()
     for line in listing.splitlines():
         if match := _ACTIONS.search(line):

@@ -1,5 +1,7 @@
-"""Neighbour discovery for IPv6 over Ethernet (RFC 4861): read a solicitation, build the advertisement. Bytes in, bytes
-out."""
+"""Neighbour discovery for IPv6 over Ethernet (RFC 4861): read a solicitation, build the advertisement.
+
+Bytes in, bytes out.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Final
 
 _ETHERNET: Final = struct.Struct("!6s6sH")
 _IPV6: Final = struct.Struct("!IHBB16s16s")
-"""Version, class and flow; payload length, next header, hop limit, source, destination."""
+"""Version, traffic class and flow label; payload length, next header, hop limit, source, destination."""
 _MESSAGE: Final = struct.Struct("!BBHI16s")
 """Type, code, checksum, flags, target."""
 _OPTION: Final = struct.Struct("!BB6s")
@@ -21,12 +23,12 @@ _ADVERTISEMENT: Final = 136
 _SOLICITED_OVERRIDE: Final = 0x60000000
 _TARGET_LINK_ADDRESS: Final = 2
 _HOPS: Final = 255
-"""Of every message of neighbour discovery: one that was forwarded by a router has less, and is not valid."""
+"""Hop limit of every valid message of neighbour discovery; one that a router has forwarded has a lower one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Solicitation:
-    """One question. MAC as bytes, addresses as text."""
+    """One neighbour solicitation. MAC as bytes, addresses as text."""
 
     sender_mac: bytes
     sender_ip: str
@@ -34,7 +36,7 @@ class Solicitation:
 
     @classmethod
     def parse(cls, frame: bytes) -> Solicitation | None:
-        """None if it is anything else, or asks whether an address is free (from the address ::)."""
+        """Parse a frame; returns None for anything else, and for duplicate address detection (from the address ::)."""
         if len(frame) < _ETHERNET.size + _IPV6.size + _MESSAGE.size:
             return None
         _, sender_mac, kind = _ETHERNET.unpack_from(frame)
@@ -48,7 +50,7 @@ class Solicitation:
 
 
 def advertise(question: Solicitation, mac: str) -> bytes | None:
-    """The frame "`target_ip` is at `mac`", to the one who asked. None for one who asks for an address of its own."""
+    """The frame "`target_ip` is at `mac`", addressed to the sender; None if the sender has that MAC itself."""
     answer = bytes.fromhex(mac.replace(":", ""))
     if answer == question.sender_mac:
         return None

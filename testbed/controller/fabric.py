@@ -1,4 +1,4 @@
-"""The fabric as the controller knows it: switches, numbered ports, who hangs where. Plain data, JSON at the border."""
+"""The fabric as the controller knows it: switches, numbered ports, attached hosts. Plain data, exchanged as JSON."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class FabricError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """Where one host hangs."""
+    """The port of a switch that a host is attached to."""
 
     host: str
     switch: str
     port: int
     """OpenFlow port number on `switch`."""
     mac: str
-    """Of the host's data interface."""
+    """MAC address of the host's data interface."""
     interface: str = ""
-    """Name of the switch's end, as the switch announces the port; empty: not checked."""
+    """Name of the switch's port, as the switch announces it; not checked if it is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +42,23 @@ class Trunk:
 
 @dataclass(frozen=True, slots=True)
 class Fabric:
-    """All of it. `addresses` are those that hosts have at the start; they may move later (see `routes`)."""
+    """The whole fabric. `addresses` are the initial ones; they may move later (see `routes`)."""
 
     switches: Mapping[str, int]
     """Name → datapath id."""
     hosts: Mapping[str, Attachment]
-    """Name → where it hangs."""
+    """Name → the host's attachment."""
     trunks: tuple[Trunk, ...]
     addresses: Mapping[str, str]
     """IPv4 or IPv6 address → name of the host that has it."""
     graph: nx.Graph = field(init=False, compare=False, repr=False)
-    """Of the switches; derived."""
+    """Graph of the switches, derived from the other fields."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "graph", self._checked_graph())
 
     def _checked_graph(self) -> nx.Graph:
-        """The switches' graph. Raises FabricError for unknown names, ports used twice, bad addresses, pieces apart."""
+        """The graph of the switches. Raises FabricError for unknown names, ports used twice, bad addresses, islands."""
         graph = nx.Graph()
         graph.add_nodes_from(sorted(self.switches))
         used: dict[tuple[str, int], str] = {}
@@ -83,7 +83,7 @@ class Fabric:
         return graph
 
     def port_towards(self, switch: str, neighbour: str) -> int:
-        """The lowest port of `switch` that leads to `neighbour`. Raises FabricError if none does."""
+        """The lowest-numbered port of `switch` that leads to `neighbour`. Raises FabricError if none does."""
         ports = [t.a_port for t in self.trunks if (t.a, t.b) == (switch, neighbour)]
         ports += [t.b_port for t in self.trunks if (t.b, t.a) == (switch, neighbour)]
         if not ports:
@@ -91,14 +91,14 @@ class Fabric:
         return min(ports)
 
     def expected_ports(self, switch: str) -> dict[int, str]:
-        """Port number → interface name, for every port of `switch` that something hangs on."""
+        """Port number → interface name, for every port of `switch` that is in use."""
         ports = {h.port: h.interface for h in self.hosts.values() if h.switch == switch}
         ports |= {t.a_port: t.a_interface for t in self.trunks if t.a == switch}
         ports |= {t.b_port: t.b_interface for t in self.trunks if t.b == switch}
         return ports
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fabric as data that JSON can represent."""
         return {
             "switches": dict(self.switches),
             "hosts": {name: asdict(host) for name, host in self.hosts.items()},
@@ -108,7 +108,7 @@ class Fabric:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Fabric:
-        """Inverse of `to_plain`. Raises FabricError."""
+        """The inverse of `to_plain`. Raises FabricError."""
         try:
             return cls(
                 switches={str(name): int(dpid) for name, dpid in plain["switches"].items()},

@@ -1,7 +1,7 @@
-"""Ryu or os-ken under one set of names, and what Ryu 4.34 needs to run on a present-day Python.
+"""Ryu or os-ken under one set of names, and the adjustments that Ryu 4.34 needs on a current Python.
 
-os-ken is Ryu's maintained fork with the same API under another package name. `load(kind)` imports one of them and must
-be called before anything else in the process that uses sockets or threads: Ryu lives on eventlet, which patches them.
+os-ken is Ryu's maintained fork with the same API under another package name. `load(kind)` imports one of them, and must
+be called before anything in the process uses sockets or threads: Ryu is based on eventlet, which patches them.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from typing import Any, Final
 from testbed.base.errors import EnvironmentProblem
 
 PACKAGES: Final = {"ryu": "ryu", "os-ken": "os_ken"}
-"""Name that users know (and pip) → importable package, in order of preference."""
+"""Name for users and pip → importable package, in order of preference."""
 
 _loaded: SimpleNamespace | None = None
 
 
 def choose(kind: str = "auto") -> str:
-    """`ryu` or `os-ken`: the one asked for, or the first that is installed. Raises EnvironmentProblem."""
+    """The framework to use, `ryu` or `os-ken`: `kind`, or the first that is installed. Raises EnvironmentProblem."""
     wanted = list(PACKAGES) if kind == "auto" else [kind]
     for name in wanted:
         if importlib.util.find_spec(PACKAGES[name]) is not None and (name != "ryu" or sys.version_info < (3, 12)):
             return name
     raise EnvironmentProblem(
-        f"no OpenFlow controller: {' and '.join(wanted)} {'is' if len(wanted) == 1 else 'are'} not installed",
+        f"no usable OpenFlow controller; looked for: {', '.join(wanted)}",
         hint="./bootstrap installs Ryu (Python < 3.12) or os-ken; by hand: pip install os-ken",
     )
 
 
 def version(kind: str) -> str:
-    """For the report: `ryu 4.34`."""
+    """Name and version of an installed framework for the report, such as `ryu 4.34`."""
     return f"{kind} {importlib.metadata.version(kind)}"
 
 
 def load(kind: str) -> SimpleNamespace:
-    """Import the framework; gives its modules by their names. The same process can load only one, once."""
+    """Import the framework and return its modules by name. A process can load only one, and only once."""
     global _loaded
     if _loaded is None:
         if kind == "ryu":
@@ -50,8 +50,8 @@ def load(kind: str) -> SimpleNamespace:
         def module(name: str) -> ModuleType:
             return importlib.import_module(f"{package}.{name}")
 
-        # Patching comes first, in two steps: eventlet reads a lone `thread=True` as "threads only". os-ken's native hub
-        # does nothing here.
+        # Patching comes first, and in two steps because eventlet takes `thread=True` alone to mean "only threads".
+        # os-ken's native hub does nothing here.
         hub = module("lib.hub")
         hub.patch(thread=False)
         hub.patch(thread=True)
@@ -73,20 +73,20 @@ def load(kind: str) -> SimpleNamespace:
 
 
 def loaded() -> Any:
-    """What `load` gave. Raises RuntimeError if it has not been called: the application was imported too early."""
+    """The result of `load`. Raises RuntimeError if it has not been called: the application was imported too early."""
     if _loaded is None:
-        raise RuntimeError("load(kind) comes first: the framework patches sockets and threads")
+        raise RuntimeError("call load(kind) first: the framework patches sockets and threads")
     return _loaded
 
 
 def _prepare_ryu() -> None:
-    """Ryu 4.34 is of 2020; eventlet has gone on since."""
+    """Adapt eventlet to Ryu 4.34, which dates from 2020."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=r"\s*Eventlet is deprecated")
-    # eventlet takes pyOpenSSL where it is there, for TLS that nobody uses here. A distribution's old pyOpenSSL beside a
-    # new cryptography fails at import with AttributeError, which eventlet does not expect: let it not be found at all.
+    # eventlet imports pyOpenSSL if it is installed, for TLS, which is not used here. A distribution's old pyOpenSSL and
+    # a new cryptography fail at import with AttributeError, which eventlet does not expect, so pyOpenSSL is hidden.
     sys.modules.setdefault("OpenSSL", None)  # type: ignore[arg-type]
     wsgi = importlib.import_module("eventlet.wsgi")
-    # Ryu's web server module imports this name, which eventlet 0.30.3 removed; the object's identity is all it needs.
+    # Ryu's web server module imports this name, which eventlet 0.30.3 removed; any unique object will do.
     if not hasattr(wsgi, "ALREADY_HANDLED"):
         wsgi.ALREADY_HANDLED = object()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Start and stop the controller's process from the harness."""
+"""The controller's process, as the testbed starts and stops it."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from testbed.controller.datapath import DATAPATHS, control_socket
 from testbed.controller.fabric import Fabric
 
 START_TIMEOUT: Final = 60.0
-"""Seconds. Importing Ryu takes one; a machine with all cores taken is given time."""
+"""Seconds until the controller must listen. Importing Ryu takes one, but more on a fully loaded machine."""
 STOP_TIMEOUT: Final = 5.0
 
 
 class ControllerProcess:
-    """One controller. `start` returns when it listens; `openflow_port` and `socket` say where."""
+    """One controller. `start` returns when it listens on `openflow_port` and `socket`."""
 
     def __init__(
         self, fabric: Fabric, state: RunState, log: Path, framework: str = "auto", datapath: str | None = None
     ) -> None:
-        """`datapath`: `kernel` or `userspace` of the Open vSwitch whose flow cache the controller shall watch."""
+        """`datapath`: `kernel` or `userspace` if the controller is to watch Open vSwitch's flow cache, else None."""
         self.fabric = fabric
         self.state = state
         self.log = log
         self.framework = framework
         self.datapath = datapath
         self.socket = state.directory / "controller.sock"
-        """Northbound; mode 0600, gone with the run."""
+        """Path of the northbound socket, which has mode 0600 and is removed with the run."""
         self.openflow_port = 0
-        """TCP on 127.0.0.1, chosen by the kernel."""
+        """TCP port on 127.0.0.1, chosen by the kernel; 0 before the controller listens."""
         self._process: subprocess.Popen[str] | None = None
         self._token = ""
 
     def start(self) -> None:
-        """`launch`, then `wait`."""
+        """Call `launch`, then `wait`."""
         self.launch()
         self.wait()
 
     def launch(self) -> None:
-        """Start the process; importing its framework takes a second in which the caller can do other things."""
+        """Start the process without waiting: importing its framework takes a second, which the caller can use."""
         file = self.state.directory / "fabric.json"
         file.write_text(json.dumps(self.fabric.to_plain()))
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +59,13 @@ class ControllerProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                start_new_session=True,  # Ctrl-C is for the harness, which then ends the controller last
+                start_new_session=True,  # Ctrl-C is for the testbed, which then ends the controller last.
                 env={**os.environ, "PYTHONPATH": _python_path()},
             )
         self._token = self.state.record("process", pid=self._process.pid, role="controller")
 
     def wait(self) -> None:
-        """Until it listens. Raises EnvironmentProblem if no framework is installed, RunFailed otherwise."""
+        """Wait until it listens. Raises EnvironmentProblem if no framework is installed, RunFailed if it fails."""
         assert self._process is not None and self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT)
         line = self._process.stdout.readline() if ready else ""
@@ -88,10 +88,11 @@ class ControllerProcess:
 
     @property
     def alive(self) -> bool:
+        """Whether the process is running."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
-        """End it. Switches keep their flows. Can be called again, and after a failed start."""
+        """End the controller; switches keep their flows. May be called again, and after a failed start."""
         if self._process is None:
             return
         if self._process.poll() is None:
@@ -105,10 +106,10 @@ class ControllerProcess:
             self._process.stdout.close()
         self.state.forget(self._token)
         self.socket.unlink(missing_ok=True)
-        self._process = None  # last: an interrupt before it leaves all of this to be done again
+        self._process = None  # Last, so that after an interrupt all of this is done again.
 
 
 def _python_path() -> str:
-    """So that the child finds this package from any folder, installed or not."""
+    """PYTHONPATH with which the child finds this package from any folder, whether it is installed or not."""
     here = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -2,22 +2,24 @@
 
 Forwarding is by destination: for each address every switch has one effective flow, which sends `ipv4_dst=address` (or
 `ipv6_dst`) one step along a shortest path towards the host that has it. The last switch also sets `eth_dst` to that
-host's MAC, so that partners which still have the old MAC in their neighbour table need no change.
+host's MAC, so that peers with the old MAC in their neighbour table need no change.
 
 Moving an address is make-before-break in two halves:
 
-* *prepare* adds, at every switch whose step changes, the new flow **below** the old one. It carries no
-  traffic yet, so this may happen at any time before the move; a switch that refuses is known before anything freezes.
-* *move* removes the old flows, the switches nearest to the new host first, a barrier after each distance. A packet that
-  meets a switch that is already moved therefore finds only moved switches from there on: it reaches the new host. A
-  packet that meets none of them follows the old path, which is whole: it reaches the old host. At no instant is there
-  neither path, nor a loop, in whatever order the switches of one stage act (`tests/unit/controller` walks all of it).
+* *prepare* adds, at every switch whose step changes, the new flow **below** the old one. It carries no traffic yet, so
+  this may happen at any time before the move, and a switch that refuses is known before any process is frozen.
+* *move* removes the old flows, starting with the switches nearest to the new host, with a barrier after each distance.
+  A packet that reaches a switch that has already changed therefore meets only changed switches from there on, and
+  reaches the new host. A packet that meets none of them follows the old path, which is still complete, and reaches the
+  old host. At no time is a path missing or is there a loop, in whatever order the switches of one stage act
+  (`tests/unit/controller` checks all of these states).
 
-A packet that is between two switches when they change may have to go back where it came from. OpenFlow drops what would
-leave by the port that it entered, unless the action says so; hence the companion entry of each flow: `in_port` is the
-flow's own port, send it back there. In a settled network only a packet to its sender's own address meets it.
+A packet that is between two switches when they change may have to return to the switch that it came from. OpenFlow
+drops a packet that would leave through its ingress port, unless the action is explicit. Hence each flow has a companion
+entry that matches the flow's output port as `in_port` and sends the packet back. In a network at rest, only a packet
+that a host sends to its own address matches it.
 
-So an address goes two priorities lower with each move: 16383 moves of one address in one run.
+An address thus goes down by two priorities with each move, which allows 16383 moves of one address in one run.
 """
 
 from __future__ import annotations
@@ -33,20 +35,20 @@ import networkx as nx
 from testbed.controller.fabric import Fabric, FabricError
 
 TOP_PRIORITY: Final = 0x8000
-"""Of an address's first flows."""
+"""Priority of an address's first flows."""
 GENERATION: Final = 2
-"""Priorities between an address's flows before and after a move: the companion entry is one above its flow."""
+"""Priorities by which an address's flows go down with a move: the companion entry is one above its flow."""
 
 
 class RouteError(ValueError):
-    """A request that cannot be met: an unknown address or host, nothing to undo. The text is for the user."""
+    """A request that cannot be met, such as one for an unknown address or host. The message is for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Match packets to `address` at `priority`, set `eth_dst` if there is one, send to `out_port`.
+    """A flow entry: match packets for `address` at `priority`, set `eth_dst` if given, and send to `out_port`.
 
-    A companion entry at `priority + 1` does the same with what came in by `out_port`.
+    A companion entry at `priority + 1` does the same for packets that came in through `out_port`.
     """
 
     switch: str
@@ -57,16 +59,16 @@ class Flow:
 
     @property
     def step(self) -> tuple[int, str | None]:
-        """What it does, without where it stands."""
+        """The flow's actions, regardless of switch and priority."""
         return self.out_port, self.eth_dst
 
     @property
     def match(self) -> tuple[str, str]:
-        """OpenFlow's field for the destination, and its value."""
+        """The OpenFlow field that matches the destination, and its value."""
         return f"ipv{ipaddress.ip_address(self.address).version}_dst", self.address
 
     def to_plain(self) -> dict[str, Any]:
-        """In the words of the report."""
+        """The flow as the report and the northbound interface describe it."""
         rewrite = f", eth_dst={self.eth_dst}" if self.eth_dst else ""
         match = "=".join(self.match)
         return {
@@ -79,18 +81,18 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One flow-mod."""
+    """A flow to add or to remove."""
 
     action: Literal["added", "removed"]
     flow: Flow
 
 
 Stage = tuple[Change, ...]
-"""Changes that may happen in any order among themselves; a barrier on each switch concerned follows."""
+"""Changes that may take effect in any order; each switch that is involved then gets a barrier."""
 
 
 def shortest_steps(fabric: Fabric, address: str, host: str) -> dict[str, Flow]:
-    """Switch → its flow for `address` at `host`, by number of hops. Among equals the neighbour first by name."""
+    """Switch → its flow on a path with the fewest hops to `address` at `host`; the first neighbour by name wins."""
     attachment = fabric.hosts[host]
     distance = distances(fabric, host)
     flows = {}
@@ -104,46 +106,46 @@ def shortest_steps(fabric: Fabric, address: str, host: str) -> dict[str, Flow]:
 
 
 def distances(fabric: Fabric, host: str) -> dict[str, int]:
-    """Switch → hops to the switch that `host` hangs on."""
+    """Switch → number of hops to the switch that `host` is attached to."""
     return dict(nx.single_source_shortest_path_length(fabric.graph, fabric.hosts[host].switch))
 
 
 class RouteTable:
-    """What is installed where, and what to change next. The caller sends the changes and confirms each one.
+    """The installed flows, and the changes to make next. The caller sends the changes and confirms each one.
 
-    Nothing here assumes that a change took place before `confirm` was called for it, so a controller that lost a switch
-    half way can ask again and gets what is still missing.
+    A change is not assumed to have taken place until `confirm` is called for it, so a controller that lost a switch
+    half-way can ask again and gets the changes that are still missing.
     """
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
         self.owner: dict[str, str] = dict(fabric.addresses)
-        """Address → host that traffic for it goes to (once all moves asked for are confirmed)."""
+        """Address → host that receives its traffic, once all requested moves are confirmed."""
         self.previous: dict[str, str] = {}
-        """Address → host that had it before its last move, for as long as that can be undone."""
+        """Address → host that had it before its last move, as long as that move can be undone."""
         self.prepared: dict[str, str] = {}
         """Address → host that its next move has been prepared for."""
         self.installed: dict[tuple[str, str], dict[int, Flow]] = {}
-        """(switch, address) → priority → flow, as confirmed."""
+        """(switch, address) → priority → confirmed flow."""
 
     # -- reading
 
     def effective(self, switch: str, address: str) -> Flow | None:
-        """The flow that a packet for `address` meets at `switch`."""
+        """The flow that a packet for `address` matches at `switch`; None if there is none."""
         flows = self.installed.get((switch, address))
         return flows[max(flows)] if flows else None
 
     def flows_of(self, switch: str) -> list[Flow]:
-        """Everything installed at one switch."""
+        """All flows installed at one switch."""
         return [flow for (at, _), flows in self.installed.items() if at == switch for flow in flows.values()]
 
     def mac_of(self, address: str) -> str | None:
-        """For ARP and neighbour discovery: the MAC of the host that has `address`; None if nobody has."""
+        """MAC of the host that has `address`, for ARP and neighbour discovery; None if no host has it."""
         host = self.owner.get(address)
         return self.fabric.hosts[host].mac if host else None
 
     def path(self, source: str, address: str) -> list[str]:
-        """Names from host `source` to the host where a packet for `address` comes out. Raises RouteError."""
+        """Names of the nodes from host `source` to the host that receives a packet for `address`. Raises RouteError."""
         self._known(address)
         if source not in self.fabric.hosts:
             raise RouteError(f"no host {source!r}; there are {', '.join(self.fabric.hosts)}")
@@ -162,10 +164,10 @@ class RouteTable:
                 return [*trail, at[end]]
             switch = trunk[end]
 
-    # -- what to change
+    # -- changes
 
     def install(self) -> Stage:
-        """The first flows of every address, everywhere. Also completes what `confirm` has not seen yet."""
+        """The first flows of every address at every switch, as far as they have not been confirmed yet."""
         return tuple(
             Change("added", flow)
             for address, host in sorted(self.owner.items())
@@ -174,21 +176,24 @@ class RouteTable:
         )
 
     def announce(self, address: str, host: str) -> list[Stage]:
-        """A new address appears at `host`; the switches nearest to it first. Raises RouteError."""
+        """Add a new address at `host`, at the switches nearest to it first. Raises RouteError."""
         try:
             ipaddress.ip_address(address)
         except ValueError as error:
             raise RouteError(f"{address!r} is not an IP address") from error
         self._known_host(host)
         if self.owner.get(address, host) != host:
-            raise RouteError(f"{address} is at {self.owner[address]} already; move it instead")
+            raise RouteError(f"{address} is already at {self.owner[address]}; move it instead")
         self.owner[address] = host
         flows = shortest_steps(self.fabric, address, host)
         missing = [flow for switch, flow in flows.items() if (switch, address) not in self.installed]
         return self._by_distance(host, (Change("added", flow) for flow in missing))
 
     def prepare(self, address: str, host: str) -> list[Stage]:
-        """Put the new flows beneath the old ones. Up to two stages: withdraw another preparation, add this one."""
+        """Add the new flows below the old ones. Up to two stages: withdraw another preparation, then add this one.
+
+        Raises RouteError.
+        """
         self._known(address)
         self._known_host(host)
         stages = self.withdraw(address)
@@ -197,7 +202,7 @@ class RouteTable:
         for switch, wanted in shortest_steps(self.fabric, address, host).items():
             now = self.effective(switch, address)
             if now is None:
-                raise RouteError(f"{switch} has no flow for {address} yet; has it connected?")
+                raise RouteError(f"{switch} has no flow for {address} yet; is it connected?")
             if now.step != wanted.step:
                 rest = [flow.priority for flow in self.installed[switch, address].values() if flow not in gone]
                 below = min(rest) - GENERATION
@@ -210,9 +215,9 @@ class RouteTable:
         return [*stages, tuple(additions)] if additions else stages
 
     def move(self, address: str, host: str) -> list[Stage]:
-        """Let the prepared flows take over: what is above them goes, nearest to the new host first. Raises RouteError.
+        """Activate the prepared flows by removing those above them, at the switches nearest to the new host first.
 
-        The flows for `host` must have been prepared and confirmed.
+        The flows for `host` must have been prepared and confirmed. Raises RouteError.
         """
         self._known(address)
         if self.prepared.get(address) != host:
@@ -228,26 +233,26 @@ class RouteTable:
         return self._by_distance(host, removals)
 
     def moved(self, address: str, host: str) -> None:
-        """Every stage of `move` has been confirmed."""
+        """Record that every stage of `move` has been confirmed."""
         if self.owner[address] != host:
             self.previous[address] = self.owner[address]
         self.owner[address] = host
         self.prepared.pop(address, None)
 
     def begin(self, address: str) -> None:
-        """A new move of `address` begins: the one before it is settled, and an undo concerns the new one only."""
+        """Begin a new move of `address`: its previous move becomes final, and an undo refers to the new one only."""
         self.previous.pop(address, None)
 
     def undo_target(self, address: str) -> str | None:
-        """The host that `address` has to go to if its last move is undone; None if there is nothing to undo.
+        """The host that `address` returns to if its last move is undone; None if there is nothing to undo.
 
-        A move that stopped half way, or was only prepared, goes back to where it began. Raises RouteError.
+        If a move was only prepared or stopped half-way, that is the host it started from. Raises RouteError.
         """
         self._known(address)
         return self.owner[address] if address in self.prepared else self.previous.get(address)
 
     def withdraw(self, address: str) -> list[Stage]:
-        """Take back what has been prepared and does not carry traffic. Empty if there is nothing."""
+        """Remove the flows that were prepared and carry no traffic; empty if there are none."""
         self._known(address)
         self.prepared.pop(address, None)
         idle = [
@@ -260,7 +265,7 @@ class RouteTable:
         return [tuple(idle)] if idle else []
 
     def confirm(self, changes: Iterable[Change]) -> None:
-        """The switches have confirmed these (barrier reply)."""
+        """Record changes that the switches have confirmed (barrier reply)."""
         for change in changes:
             key = change.flow.switch, change.flow.address
             if change.action == "added":
@@ -271,7 +276,7 @@ class RouteTable:
                 if not flows:
                     self.installed.pop(key, None)
 
-    # -- inside
+    # -- helpers
 
     def _by_distance(self, host: str, changes: Iterable[Change]) -> list[Stage]:
         distance = distances(self.fabric, host)
@@ -290,14 +295,14 @@ class RouteTable:
 
 
 def side_by_side(*moves: Sequence[Stage]) -> list[Stage]:
-    """The stages of several addresses' changes at once: the first of each, then the second of each, …"""
+    """Merge the stages of several addresses: the first stage of each, then the second of each, and so on."""
     return [
         tuple(change for stage in stages for change in stage) for stages in itertools.zip_longest(*moves, fillvalue=())
     ]
 
 
 def carry_out(table: RouteTable, stages: Sequence[Stage], send: Callable[[Stage], None]) -> None:
-    """The contract between table and sender, in its simplest form: one stage, then its confirmation, then the next."""
+    """The contract between table and sender in its simplest form: send a stage, confirm it, and continue."""
     for stage in stages:
         send(stage)
         table.confirm(stage)

@@ -46,39 +46,39 @@ class World:
 def test_nothing_goes_in_while_something_is_missing() -> None:
     w = World()
     w.gone = ["switch s2"]
-    w.paths.look()
+    w.paths.check()
     w.run()
     assert w.attempts == 0 and w.paths.ready_at is None
     w.gone = []
-    w.paths.look()
+    w.paths.check()
     w.run()
     assert w.attempts == 1 and w.paths.ready_at is not None
-    w.paths.look()
+    w.paths.check()
     assert w.spawned == [], "once is enough"
 
 
 def test_a_late_confirmation_is_waited_for_again_without_an_event() -> None:
     w = World("s1 did not confirm within 10 s", "s1 did not confirm within 10 s")
-    w.paths.look()
+    w.paths.check()
     w.run()
     assert w.attempts == 3 and w.paths.ready_at is not None
 
 
 def test_attempts_end() -> None:
     w = World(*["s1 refused"] * 100)
-    w.paths.look()
+    w.paths.check()
     w.run()
     assert w.attempts == ATTEMPTS and w.paths.ready_at is None
     w.late = []
-    w.paths.look()
+    w.paths.check()
     w.run()
     assert w.paths.ready_at is not None, "a later event starts again"
 
 
 def test_a_newer_change_takes_over() -> None:
     w = World("s1 did not confirm within 10 s")
-    w.meanwhile = w.paths.look
-    w.paths.look()
+    w.meanwhile = w.paths.check
+    w.paths.check()
     w.spawned.pop(0)()
     assert w.attempts == 1 and len(w.spawned) == 1, "the older one leaves it to the newer one"
     w.run()
@@ -88,6 +88,6 @@ def test_a_newer_change_takes_over() -> None:
 def test_a_switch_that_goes_ends_the_attempts() -> None:
     w = World("s1 did not confirm within 10 s")
     w.meanwhile = lambda: w.gone.append("switch s1")
-    w.paths.look()
+    w.paths.check()
     w.run()
     assert w.attempts == 1 and w.paths.ready_at is None

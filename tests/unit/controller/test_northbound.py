@@ -188,7 +188,7 @@ def test_the_flow_cache_is_asked_and_errors_are_errors(tmp_path: Path) -> None:
 
 
 def test_without_ovs_there_is_no_flow_cache(tmp_path: Path) -> None:
-    with pytest.raises(datapath.FlowCacheError, match="does not run"):
+    with pytest.raises(datapath.FlowCacheError, match="is not running"):
         datapath.control_socket(tmp_path)
 
 

@@ -244,7 +244,7 @@ def test_a_new_address_is_announced_from_its_host_outwards() -> None:
         (lambda table: table.prepare(ADDRESS, "h9"), "no host 'h9'; there are h1, h2, h3"),
         (lambda table: table.move(ADDRESS, "h2"), "has not been prepared"),
         (lambda table: table.path("h9", ADDRESS), "no host 'h9'"),
-        (lambda table: table.announce(ADDRESS, "h2"), "is at h1 already"),
+        (lambda table: table.announce(ADDRESS, "h2"), "is already at h1"),
         (lambda table: table.announce("ten", "h2"), "not an IP address"),
     ],
 )
