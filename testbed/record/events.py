@@ -1,8 +1,8 @@
-"""The events of a run: one table of names and fields, written to `events.jsonl` and followed by the live view.
+"""The events of a run: one table of names and fields, for `events.jsonl` and the live view.
 
-An event is a flat JSON object {"t": seconds since the start of the run, "event": name, …fields}. Whoever runs the
-topology reports through `RunFolder.event(name, field=value, …)`; a misspelt name or field is refused at once, because
-the live view and every later reader of events.jsonl rely on this table.
+An event is a flat JSON object {"t": seconds since the start of the run, "event": name, …fields}, reported through
+`RunFolder.event(name, field=value, …)`. A misspelt name or field is rejected at once, because the live view and every
+later reader of events.jsonl rely on this table.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ EVENTS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 
 STAGES: dict[str, str] = {
-    "prepare": "check the machine",
-    "network": "build hosts, switches and links",
-    "controller": "learn the topology, install paths",
-    "nics": "start a NIC on each host",
-    "apps": "start the applications",
-    "running": "applications run",
-    "collect": "fetch logs, counters and captures",
-    "teardown": "remove everything that was created",
+    "prepare": "checking the machine",
+    "network": "building hosts, switches and links",
+    "controller": "learning the topology, installing paths",
+    "nics": "starting a NIC on each host",
+    "apps": "starting the applications",
+    "running": "applications running",
+    "collect": "fetching logs, counters and captures",
+    "teardown": "removing everything that was created",
 }
-"""The stages of a run in order: name → what happens, as the live view says it."""
+"""The stages of a run in order: name → description for the live view."""
 
 
 def check(name: str, fields: dict[str, object]) -> None:
-    """Raise ValueError unless `name` is an event and `fields` are exactly those it may have."""
+    """Raise ValueError unless `name` is an event, and `fields` has all that it requires and no unknown ones."""
     if name not in EVENTS:
-        raise ValueError(f"unknown event {name!r}; known: {', '.join(EVENTS)}")
+        raise ValueError(f"unknown event {name!r}; allowed: {', '.join(EVENTS)}")
     required, optional = EVENTS[name]
     missing = required - fields.keys()
     unknown = fields.keys() - required - optional
     if missing or unknown:
-        raise ValueError(f"event {name!r}: missing {sorted(missing)}, unknown {sorted(unknown)}")
+        raise ValueError(f"event {name!r}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}")

@@ -1,14 +1,14 @@
-"""The folder of a run: `results/<topology>/<UTC>-<id>/` and everything that is kept in it.
+"""The folder of a run, `results/<topology>/<UTC>-<id>/`, and everything that is kept in it.
 
     summary.json     the run in numbers (testbed.record.summary.Summary), written last and atomically
-    events.jsonl     what happened when, one JSON object per line (testbed.record.events)
-    topology.yaml    the topology as it was run, every default filled in
-    versions.json    kernel, packages, programs, CRIU, Open vSwitch
+    events.jsonl     the events of the run, one JSON object per line (testbed.record.events)
+    topology.yaml    the topology of the run, with every default filled in
+    versions.json    versions of kernel, packages, programs, CRIU and Open vSwitch
     pcaps/           RoCE frames of the hosts' NICs (testbed.run.captures)
-    traces/          what their queue pairs did, where the topology asks for it (testbed.diagram.trace)
+    traces/          traces of their queue pairs, if the topology requests them (testbed.diagram.trace)
     logs/<app>.stdout|stderr, logs/<host>.nic.log, …
 
-`RunFolder.event` is also how the live view learns what happens: it subscribes.
+The live view subscribes to the events that are reported through `RunFolder.event`.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ Listener = Callable[[Mapping[str, Any]], None]
 
 
 def default_root() -> Path:
-    """`results` in the current folder, or $TESTBED_RESULTS."""
+    """The root of all results: $TESTBED_RESULTS, or `results` in the current folder."""
     return Path(os.environ.get("TESTBED_RESULTS") or "results").absolute()
 
 
 class RunFolder:
-    """A run's folder, open while the run goes. Thread-safe: events may come from any thread.
+    """A run's folder, open for the duration of the run. Thread-safe: events may come from any thread.
 
-    Use as a context manager, or call `close`; `finish` writes the summary.
+    Use it as a context manager, or call `close`; `finish` writes the summary.
     """
 
     def __init__(
         self, path: Path, topology: str, seed: int, *, started: float | None = None, made: Iterable[Path] = ()
     ) -> None:
-        """Take over the existing folder `path`; `started` is time.monotonic() of the run's start (default: now).
+        """Use the existing folder `path`; `started` is time.monotonic() at the start of the run (default: now).
 
-        `made`: folders above it that were made for it, and that belong to the user behind sudo as it does.
+        `made`: parent folders that were created for it, which are also given to the user who called sudo.
         """
         self.path = path.absolute()
         self.topology = topology
@@ -67,7 +67,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, topology: str, *, seed: int, root: Path | None = None) -> RunFolder:
-        """Make `root/<topology>/<UTC>-<id>/`. Raises OSError (a full disk, no right to write)."""
+        """Create the folder `root/<topology>/<UTC>-<id>/`. Raises OSError (disk full, no write permission)."""
         safe = re.sub(r"[^A-Za-z0-9_.-]", "_", topology).lstrip(".") or "unnamed"
         parent = ((root or default_root()) / safe).absolute()
         made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -80,37 +80,37 @@ class RunFolder:
     # ---- paths -----------------------------------------------------------------------------------------------------
 
     def pcap(self, host: str) -> Path:
-        """Where the capture of `host`'s NIC goes."""
+        """Path of the capture of `host`'s NIC."""
         return self.path / "pcaps" / f"{host}.pcap"
 
     def trace(self, host: str) -> Path:
-        """Where the trace of the queue pairs of `host`'s NIC goes."""
+        """Path of the queue pair trace of `host`'s NIC."""
         return self.path / "traces" / f"{host}.jsonl"
 
     def log(self, name: str) -> Path:
-        """Where a log goes: `server.stdout`, `h2.nic.log`, `controller.log`, …"""
+        """Path of a log, such as `server.stdout` or `h2.nic.log`."""
         return self.path / "logs" / name
 
     def relative(self, path: Path) -> str:
-        """`path` as the summary names it: relative to the run folder."""
+        """`path` relative to the run folder, as the summary has it."""
         return str(path.relative_to(self.path))
 
-    # ---- what happens ----------------------------------------------------------------------------------------------
+    # ---- events ----------------------------------------------------------------------------------------------------
 
     def now(self) -> float:
         """Seconds since the start of the run."""
         return time.monotonic() - self.started
 
     def since_start(self, monotonic: float) -> float:
-        """A time.monotonic() value as seconds since the start of the run."""
+        """Convert a time.monotonic() value to seconds since the start of the run."""
         return monotonic - self.started
 
     def subscribe(self, listener: Listener) -> None:
-        """Call `listener(event)` for each event from now on, in the thread that reports it."""
+        """Call `listener(event)` for every later event, in the thread that reports it."""
         self._listeners.append(listener)
 
     def event(self, name: str, /, *, at: Any = None, **fields: Any) -> None:  # at: Any, for `**fields` of callers
-        """Record that something happened now, or at time.monotonic() `at`. Names and fields: `events.EVENTS`."""
+        """Record an event that happened now, or at time.monotonic() `at`. `events.EVENTS` has the names and fields."""
         events.check(name, fields)
         record = {"t": round(self.now() if at is None else self.since_start(at), 6), "event": name, **fields}
         with self._lock:
@@ -119,22 +119,22 @@ class RunFolder:
             for listener in self._listeners:
                 listener(record)
 
-    # ---- what is kept ----------------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------------------------
 
     def write_topology(self, resolved: Mapping[str, Any]) -> Path:
-        """Keep the topology as it was run (plain data, defaults filled in)."""
+        """Write topology.yaml from the resolved topology as plain data."""
         path = self.path / "topology.yaml"
         path.write_text(yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True))
         return path
 
     def write_environment(self, environment: Environment) -> Path:
-        """Keep the versions in a file of their own too, so that a run without a summary has them."""
+        """Write versions.json, so that a run without a summary has the versions as well."""
         path = self.path / "versions.json"
         path.write_text(environment.model_dump_json(indent=2) + "\n")
         return path
 
     def finish(self, summary: Summary) -> Path:
-        """Write summary.json atomically, close the events, hand the folder to the user behind sudo."""
+        """Write summary.json atomically, close the events, and give the folder to the user who called sudo."""
         target = self.path / "summary.json"
         temporary = self.path / ".summary.json.tmp"
         temporary.write_text(summary.to_json())
@@ -158,9 +158,9 @@ class RunFolder:
 
 
 def give_to_user(path: Path, made: Iterable[Path] = ()) -> None:
-    """Under sudo, make the user who called it the owner of the folder `path` with all in it, and of the folders `made`.
+    """Under sudo, make the calling user the owner of the folder `path`, all of its contents, and the folders `made`.
 
-    Of nothing else: the results may be below a folder of somebody else's, such as /tmp.
+    Nothing else changes its owner: the results may be inside a folder of another user, such as /tmp.
     """
     if os.geteuid() != 0 or not os.environ.get("SUDO_UID", "").isdigit():
         return
@@ -176,13 +176,13 @@ def load_summary(path: Path) -> Summary:
 
 
 def summarise_repeats(folder: RunFolder, runs: list[Summary]) -> Summary:
-    """The summary of `--repeat N`: medians in `migrations[]`, intervals in `statistics`, references to each run.
+    """The summary of `--repeat N`: medians in `migrations[]`, intervals in `statistics`, and a reference to each run.
 
-    `runs` lie in folders inside `folder`. A migration is ok only if it was in every run; the first failure's error,
-    and the first exit code that is not 0, are what is shown.
+    The folders of `runs` are inside `folder`. A migration is ok only if it was ok in every run; its error is that of
+    the first failure, and its exit code the first that is not 0.
     """
     if not runs:
-        raise ValueError("no run to summarise")
+        raise ValueError("no runs to summarise; at least one is needed")
     statistics = over_runs([run.model_dump() for run in runs], seed=folder.seed)
     count = min(len(run.migrations) for run in runs)
     first = runs[0]
@@ -209,7 +209,7 @@ def summarise_repeats(folder: RunFolder, runs: list[Summary]) -> Summary:
 
 
 def _typical(migrations: list[Migration], index: int, statistics: Mapping[str, Any]) -> Migration:
-    """The medians of one migration over the runs."""
+    """One migration with the medians over all runs."""
 
     def median(field: str) -> float | None:
         found = statistics.get(f"migrations[{index}].{field}")

@@ -1,7 +1,8 @@
 """Medians with bootstrap intervals, and paired ratios: the only statistics this project reports.
 
-Why the median and the percentile bootstrap: run times have long upper tails (a scheduler tick, a page fault), so a
-mean and a normal interval would describe the tail. Resampling is seeded: the same samples give the same interval.
+Medians and the percentile bootstrap are used because run times have long upper tails (a scheduler tick, a page fault),
+which a mean and a normal interval would describe instead. Resampling is seeded: the same samples give the same
+interval.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ CONFIDENCE = 0.95
 
 
 class Estimate(BaseModel):
-    """A median of n samples and its 95 % bootstrap interval, in the samples' own unit."""
+    """The median of n samples and its 95 % bootstrap interval, in the unit of the samples."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,7 +31,7 @@ class Estimate(BaseModel):
     values: list[float] = Field(description="the samples, in the order they were taken")
 
     def text(self, unit: str = "", digits: int = 3) -> str:
-        """`12.3 ms [11.8, 13.0] n=5`, with `digits` significant digits."""
+        """The estimate as text, such as `12.3 ms [11.8, 13.0] n=5`, with `digits` significant digits."""
         tail = f" {unit}" if unit else ""
         middle = f"{significant(self.median, digits)}{tail}"
         if self.low is None or self.high is None:
@@ -46,12 +47,12 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def estimate(samples: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Median and 95 % percentile-bootstrap interval. Raises ValueError for no samples or a sample that is no number."""
+    """Median and 95 % percentile-bootstrap interval. Raises ValueError if there are no samples or one is not finite."""
     values = [float(sample) for sample in samples]
     if not values:
-        raise ValueError("no samples: a median needs at least one")
+        raise ValueError("no samples; a median needs at least one")
     if not all(math.isfinite(value) for value in values):
-        raise ValueError(f"a sample is not a finite number: {values}")
+        raise ValueError(f"samples must be finite numbers: {values}")
     if len(values) < 2:
         return Estimate(n=1, median=values[0], low=None, high=None, values=values)
     data = np.asarray(values)
@@ -63,18 +64,21 @@ def estimate(samples: Sequence[float], *, seed: int = 0) -> Estimate:
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float], *, seed: int = 0) -> Estimate:
-    """The median of a[i] / b[i]: both of a pair were measured next to each other, so slow drift cancels."""
+    """The median of a[i] / b[i]. The samples of a pair were taken one after the other, so slow drift cancels out.
+
+    Raises ValueError for sequences of different lengths, a denominator of zero, and as `estimate` does.
+    """
     if len(numerators) != len(denominators):
-        raise ValueError(f"{len(numerators)} numerators but {len(denominators)} denominators: pairs are needed")
+        raise ValueError(f"{len(numerators)} numerators but {len(denominators)} denominators; pairs are needed")
     if any(value == 0 for value in denominators):
-        raise ValueError("a denominator is zero")
+        raise ValueError(f"denominators must not be zero: {list(denominators)}")
     return estimate([a / b for a, b in zip(numerators, denominators, strict=True)], seed=seed)
 
 
 def over_runs(runs: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Estimate]:
-    """One estimate for each number of the migrations that at least one run has.
+    """One estimate for each measurement of a migration that at least one run has.
 
-    `runs` are summaries as plain data; keys of the answer are paths: `migrations[0].phases_ms.freeze`.
+    `runs` are summaries as plain data; the result's keys are paths, such as `migrations[0].phases_ms.freeze`.
     """
     samples: dict[str, list[float]] = {}
 
@@ -95,4 +99,4 @@ def over_runs(runs: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
 
 
 NOT_MEASURED = frozenset({"index", "app_exit_code", "at_s"})
-"""Fields of a migration that are numbers but no measurements."""
+"""Fields of a migration that are numbers but not measurements."""

@@ -1,8 +1,8 @@
-"""The summary of a run: what `summary.json` holds, as pydantic models, and the published JSON schema.
+"""The summary of a run: the contents of `summary.json` as pydantic models, and the published JSON schema.
 
-Fields that stay stable from version to version: `ok`, `migrations[].blackout_ms`, `.phases_ms`, `.app_exit_code`,
-`.partner_gap_ms`, `.rolled_back`. Times are milliseconds where the name ends in `_ms`, seconds since the run began
-(CLOCK_MONOTONIC) where it ends in `_s`; sizes are bytes. A value that could not be measured is null, never 0.
+These fields are stable across versions: `ok`, `migrations[].blackout_ms`, `.phases_ms`, `.app_exit_code`,
+`.partner_gap_ms`, `.rolled_back`. Times are in milliseconds if the name ends in `_ms`, in seconds since the start of
+the run (CLOCK_MONOTONIC) if it ends in `_s`; sizes are in bytes. A value that could not be measured is null, never 0.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ Phase = Literal[
     "restore_nic", "restore_process", "reroute", "resume", "thaw", "commit",
 ]  # fmt: skip
 PHASES: tuple[Phase, ...] = get_args(Phase)
-"""The phases of a migration in the order they begin; dump_nic and dump_process overlap."""
+"""The phases of a migration in the order in which they start; dump_nic and dump_process overlap."""
 
 BLACKOUT_PHASES: tuple[Phase, ...] = tuple(phase for phase in PHASES if phase not in ("prepare", "commit"))
 """The phases during which the program does not run."""
 
 
 class Record(BaseModel):
-    """Base of every part of the summary: unknown fields are a mistake of ours and refused."""
+    """Base of every part of the summary. Unknown fields are rejected, as they would be a defect of the testbed."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Problem(Record):
-    """Something that went wrong, by blame."""
+    """Something that went wrong, and what caused it."""
 
     blame: Literal["input", "run", "environment", "interrupt"] = Field(
-        "run", description="whose fault: the topology file, a check of the run, this machine, or the user's Ctrl-C"
+        "run", description="cause: the topology file, a failed check of the run, this machine, or the user's Ctrl-C"
     )
     where: str = Field(description="host, application or phase, for example `h2` or `migrations[0].restore_process`")
     error: str = Field(description="what happened, one line")
@@ -47,7 +47,7 @@ class Problem(Record):
 
 
 class Limit(Record):
-    """Something asked for (or usual) that this machine cannot give, and what was done instead."""
+    """Something requested (or usual) that this machine cannot provide, and what was done instead."""
 
     wanted: str = Field(description="for example `OVS kernel datapath`")
     got: str = Field(description="for example `userspace datapath (netdev)`")
@@ -55,7 +55,7 @@ class Limit(Record):
 
 
 class Environment(Record):
-    """Where the run took place."""
+    """The machine and the software of the run."""
 
     kernel: str = ""
     distribution: str = ""
@@ -69,7 +69,7 @@ class Environment(Record):
     ovs: str | None = Field(None, description="version of Open vSwitch")
     datapath: str | None = Field(None, description="`kernel` or `userspace`")
     controller: str | None = Field(None, description="`ryu 4.34` or `os-ken …`")
-    source: str | None = Field(None, description="git commit of the testbed, `+` if the checkout was changed")
+    source: str | None = Field(None, description="git commit of the testbed, followed by `+` if files were modified")
 
 
 class Capture(Record):
@@ -84,7 +84,7 @@ class Host(Record):
     """A virtual host and what its NIC counted during the run."""
 
     name: str
-    ip: str | None = Field(None, description="host address (the GID) at the end of the run; null when it moved away")
+    ip: str | None = Field(None, description="host address (the GID) at the end of the run; null if it moved away")
     node_ip: str | None = Field(None, description="permanent node address, used for bulk transfer")
     nic: dict[str, int] = Field(default_factory=dict, description="the NIC's counters: name → count")
     captures: list[Capture] = Field(default_factory=list)
@@ -95,24 +95,26 @@ class App(Record):
     """An application and how it ended."""
 
     name: str
-    host: str = Field(description="where it was started")
-    final_host: str = Field(description="where it ended")
+    host: str = Field(description="host that it was started on")
+    final_host: str = Field(description="host that it ended on")
     command: list[str]
-    exit_code: int | None = Field(None, description="null when it did not end, or ended by a signal")
+    exit_code: int | None = Field(None, description="null if it did not exit, or was ended by a signal")
     signal: int | None = None
-    ok: bool = Field(description="ended with 0 and its own data check, if it has one, passed")
+    ok: bool = Field(description="it exited with the expected code, and its data check, if it has one, passed")
     checked: bool = Field(False, description="whether the program checked the data it received")
     duration_s: float | None = None
     longest_gap_ms: float | None = Field(None, description="longest time between two completions")
     logs: dict[str, str] = Field(default_factory=dict, description="stream → path relative to the run folder")
     measured: list[dict[str, float]] = Field(
-        default_factory=list, description="numbers that a known program printed, one entry per row of its table"
+        default_factory=list, description="measurements that a known program printed, one entry per row of its table"
     )
-    tail: list[str] = Field(default_factory=list, description="last lines of its output, as the topology's report.tail")
+    tail: list[str] = Field(
+        default_factory=list, description="last lines of its output, as many as the topology's report.tail says"
+    )
 
 
 class FlowChange(Record):
-    """A flow entry that the controller added or removed, when its switch confirmed it (barrier reply)."""
+    """A flow entry that the controller added or removed; `t_s` is the time of its switch's barrier reply."""
 
     t_s: float
     switch: str
@@ -125,36 +127,36 @@ class FlowChange(Record):
 class Migration(Record):
     """One migration, whether it succeeded, was rolled back or failed."""
 
-    index: int = Field(description="place in the topology's list, from 0")
+    index: int = Field(description="position in the topology's list, from 0")
     app: str
     from_host: str
     to_host: str
     address: Literal["keep", "change"] = "keep"
     at_s: float | None = Field(None, description="start, seconds from the start of the run")
-    ok: bool = Field(description="the program runs (or ended) at the destination")
+    ok: bool = Field(description="the program runs (or exited) at the destination")
     rolled_back: bool = Field(description="the program continued at the source after a failure")
     error: str | None = None
     hint: str | None = None
     phases_ms: dict[Phase, float] = Field(default_factory=dict, description="length of each phase that ran")
-    phases_at_ms: dict[Phase, float] = Field(default_factory=dict, description="start of each phase after `at_s`")
+    phases_at_ms: dict[Phase, float] = Field(default_factory=dict, description="start of each phase, relative to at_s")
     blackout_ms: float | None = Field(
-        None, description="longest time without a completion at the moved application (its NIC's clock)"
+        None, description="longest time without a completion at the moved application, by its NIC's clock"
     )
     blackout_from: Literal["completions", "phases"] | None = Field(
-        None, description="`phases` when the application sees no completions: end of thaw minus start of freeze"
+        None, description="`phases` if the application has no completions: end of thaw minus start of freeze"
     )
-    partner_gap_ms: float | None = Field(None, description="longest time without a completion at a partner")
+    partner_gap_ms: float | None = Field(None, description="longest time without a completion at a peer")
     app_exit_code: int | None = None
-    image_bytes: int | None = Field(None, description="CRIU images")
-    nic_image_bytes: int | None = Field(None, description="the NIC's objects")
+    image_bytes: int | None = Field(None, description="size of the CRIU images")
+    nic_image_bytes: int | None = Field(None, description="size of the NIC's image")
     qps: int | None = Field(None, description="queue pairs that moved")
-    nak_stopped: int | None = Field(None, description="NAK_STOPPED sent by the source NIC")
-    resumes: int | None = Field(None, description="RESUME messages sent by the destination NIC")
-    retransmissions: int | None = Field(None, description="packets sent again by all NICs during the migration")
+    nak_stopped: int | None = Field(None, description="number of NAK_STOPPED that the source NIC sent")
+    resumes: int | None = Field(None, description="number of RESUME messages that the destination NIC sent")
+    retransmissions: int | None = Field(None, description="packets that all NICs retransmitted during the migration")
 
 
 class RunReference(Record):
-    """One run of a repeated one."""
+    """One of the runs of `--repeat`."""
 
     path: str = Field(description="relative to the outer run folder")
     ok: bool
@@ -162,10 +164,10 @@ class RunReference(Record):
 
 
 class Summary(Record):
-    """One run, or with `--repeat N` the N runs together (then `migrations[]` hold medians)."""
+    """One run, or the N runs of `--repeat N` together (`migrations[]` then has medians)."""
 
     version: int = SUMMARY_VERSION
-    ok: bool = Field(description="every application ended well and every migration succeeded as asked")
+    ok: bool = Field(description="every application ended as expected and every migration succeeded")
     topology: str
     run_id: str
     started: str = Field(description="UTC, ISO 8601")
@@ -186,7 +188,7 @@ class Summary(Record):
     )
 
     def to_json(self) -> str:
-        """Indented JSON with a newline at the end."""
+        """The summary as indented JSON with a final newline."""
         return self.model_dump_json(indent=2) + "\n"
 
 
@@ -197,7 +199,7 @@ def summary_schema() -> dict[str, Any]:
 
 
 def publish_schema(path: Path = SCHEMA_FILE) -> Path:
-    """Write the schema file; a unit test compares it with the models."""
+    """Write the schema file and return its path; a unit test compares the file with the models."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(summary_schema(), indent=2) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""What a run was made with: kernel, machine, packages, programs. Kept in every run folder."""
+"""The kernel, machine, packages and programs of a run, recorded in every run folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = (
 )
 
 PROGRAMS: dict[str, tuple[str, ...]] = {
-    # ibv_devinfo has no version switch; rdma-core's version is the Debian package's
+    # ibv_devinfo has no option for its version; that of rdma-core comes from the Debian package.
     "ib_write_bw": ("ib_write_bw", "--version"),
     "iperf3": ("iperf3", "--version"),
     "ip": ("ip", "-V"),
@@ -49,7 +49,7 @@ DEBIAN = (
 def collect(
     *, criu: list[str] | None = None, datapath: str | None = None, controller: str | None = None
 ) -> Environment:
-    """Ask the machine. Never fails: what cannot be learnt is left empty. `criu` is the command prefix in use."""
+    """Collect the versions. Never fails: unknown ones are left empty. `criu` is the command prefix in use."""
     binaries = {name: line for name, command in PROGRAMS.items() if (line := _first_line(list(command)))}
     binaries.update(_debian())
     return Environment(
@@ -96,7 +96,7 @@ def _debian() -> dict[str, str]:
     if shutil.which("dpkg-query") is None:
         return {}
     command = ["dpkg-query", "-W", "-f", "${Package} ${Version} ${db:Status-Status}\n", *DEBIAN]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)  # status 1: one is not installed
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)  # Status 1: one is not installed.
     rows = (line.split() for line in answer.stdout.splitlines())
     return {row[0]: row[1] for row in rows if len(row) == 3 and row[2] == "installed"}
 
@@ -117,7 +117,7 @@ def _cpu() -> str:
 
 
 def _source() -> str | None:
-    """Commit of the checkout this file is in, with `+` when files differ from it; None outside a checkout."""
+    """Commit of the checkout that contains this file, with `+` if files were modified; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
