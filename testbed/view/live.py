@@ -1,8 +1,8 @@
 """The live view of a run: stages, applications, packets and bytes per NIC with rates, the migration's phases.
 
-It only listens to events (`record.events`). On a terminal it is a rich view that is redrawn; elsewhere plain lines, one
-per thing that happens, so that a log stays readable. `RunState` is what has happened, `draw` shows it, `line` says one
-event in words; `LiveView` ties them to a stream.
+It only listens to events (`record.events`). On a terminal it is a rich view that is redrawn; elsewhere it prints one
+plain line per event, so that a log stays readable. `RunState` accumulates the events, `draw` renders it, `line`
+describes one event in words, and `LiveView` connects them to a stream.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from testbed.view import text
 
 REDRAWS_PER_SECOND = 8
 NOTES = 3
-"""How many of the last notes, limits and problems the view shows."""
+"""Number of the latest notes, limits and problems that the view shows."""
 
 
 @dataclass
 class NicState:
-    """What a NIC has counted so far, and how fast (bytes per second between the last two readings)."""
+    """The counters of a NIC, and its rates in bytes per second between the last two readings."""
 
     t: float = 0.0
     counters: Mapping[str, int] = field(default_factory=dict)
@@ -43,9 +43,10 @@ class NicState:
     rx_rate: float | None = None
 
     def update(self, t: float, counters: Mapping[str, int]) -> None:
+        """Take a new reading of the counters, `t` seconds into the run."""
         if self.counters and t > self.t:
             span = t - self.t
-            # a NIC that was started anew counts from 0 again: no negative rates
+            # A NIC that was restarted counts from 0 again, which must not give negative rates.
             self.tx_rate = max(counters.get("tx_bytes", 0) - self.counters.get("tx_bytes", 0), 0) / span
             self.rx_rate = max(counters.get("rx_bytes", 0) - self.counters.get("rx_bytes", 0), 0) / span
         self.t, self.counters = t, dict(counters)
@@ -53,28 +54,28 @@ class NicState:
 
 @dataclass
 class AppState:
-    """Where an application runs, or how it ended."""
+    """The host that an application runs on, and how it ended."""
 
     host: str
     ended: str | None = None
-    """`code 0`, `signal 9`; None while it runs."""
+    """`code 0` or `signal 9`, for example; None while it runs."""
 
 
 @dataclass
 class MigrationState:
-    """How far a migration is."""
+    """The progress of a migration."""
 
     title: str
     started: float
     phases: dict[str, float | None] = field(default_factory=dict)
-    """Phase → its length in ms, None while it lasts."""
+    """Phase → its duration in ms, or None while it lasts."""
     outcome: str | None = None
     ok: bool = False
 
 
 @dataclass
 class RunState:
-    """Everything the view shows, built from the events alone."""
+    """Everything that the view shows, built from the events alone."""
 
     topology: str = ""
     stage: str = ""
@@ -85,7 +86,7 @@ class RunState:
     notes: deque[str] = field(default_factory=lambda: deque(maxlen=NOTES))
 
     def take(self, event: Mapping[str, Any]) -> None:
-        """Take in one event."""
+        """Update the state with one event."""
         match event["event"]:
             case "run_started":
                 self.topology = event["topology"]
@@ -120,13 +121,13 @@ def _ended(event: Mapping[str, Any]) -> str:
 def _outcome(event: Mapping[str, Any]) -> str:
     if event["ok"]:
         gap, partner = event.get("blackout_ms"), event.get("partner_gap_ms")
-        return f"done, blackout {text.ms(gap)} ms, at the partner {text.ms(partner)} ms"
-    back = "rolled back, continues at the source" if event.get("rolled_back") else "FAILED"
-    return f"{back}: {event.get('error') or 'no reason given'}"
+        return f"done, blackout {text.ms(gap)} ms, at the peer {text.ms(partner)} ms"
+    failure = "rolled back, continues at the source" if event.get("rolled_back") else "FAILED"
+    return f"{failure}: {event.get('error') or 'no reason given'}"
 
 
 def line(event: Mapping[str, Any]) -> str | None:
-    """An event in words, or None if it is not worth a line of its own."""
+    """An event in words, or None if the plain view does not show it."""
     match event["event"]:
         case "run_started":
             return f"{event['topology']}, seed {event['seed']}"
@@ -153,7 +154,7 @@ def line(event: Mapping[str, Any]) -> str | None:
             return f"{event['switch']}: flow {event['action']}, {event['match']} {event.get('out', '')}".rstrip()
         case "limit":
             why = f" ({event['why']})" if event.get("why") else ""
-            return f"not to be had here: {event['wanted']}; instead: {event['got']}{why}"
+            return f"not available here: {event['wanted']}; instead: {event['got']}{why}"
         case "problem":
             return f"problem: {event['where']}: {event['error']}"
         case "note":
@@ -164,7 +165,7 @@ def line(event: Mapping[str, Any]) -> str | None:
 
 
 def draw(state: RunState, elapsed: float) -> RenderableType:
-    """The view of `state`, `elapsed` seconds into the run."""
+    """Render `state` as it is `elapsed` seconds into the run."""
     parts: list[RenderableType] = [
         Rule(Text(f"{state.topology} · {elapsed:.1f} s", style="bold"), align="left", style="blue"),
         Text(f"{STAGES.get(state.stage, state.stage)}" + (f" · {state.detail}" if state.detail else "")),
@@ -226,13 +227,14 @@ def _migration(migration: MigrationState) -> Iterator[RenderableType]:
 
 
 class LiveView:
-    """Follow a run. Use: `with LiveView() as view: folder.subscribe(view.on_event); …`.
+    """The view of a running run. Use: `with LiveView() as view: folder.subscribe(view.on_event); …`.
 
-    Writes to `stream` (default standard error, so that `--json` keeps standard output clean). `quiet` shows nothing.
+    It writes to `stream` (default: standard error, so that `--json` keeps standard output clean), and nothing if
+    `quiet` is set.
     """
 
     def __init__(self, stream: TextIO | None = None, *, plain: bool | None = None, quiet: bool = False) -> None:
-        """`plain`: lines in place of the redrawn view; default: when `stream` is no terminal."""
+        """`plain`: print lines instead of the redrawn view (default: if `stream` is not a terminal)."""
         self._stream = stream or sys.stderr
         self._console = Console(file=self._stream, highlight=False, markup=False, emoji=False)
         self._plain = (not self._console.is_terminal or self._console.is_dumb_terminal) if plain is None else plain
@@ -243,7 +245,7 @@ class LiveView:
         self._live: Live | None = None
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        """Take in one event; may be called from any thread. A closed stream (a pipe's reader gone) is no error."""
+        """Show one event; may be called from any thread. A closed stream (a pipe without a reader) is not an error."""
         if self._quiet:
             return
         with self._lock:
@@ -261,7 +263,7 @@ class LiveView:
 
     def __enter__(self) -> LiveView:
         if not self._plain and not self._quiet:
-            # transient: the report that follows says all of it again, and more
+            # Transient, because the report that follows repeats all of it.
             self._live = Live(self, console=self._console, refresh_per_second=REDRAWS_PER_SECOND, transient=True)
             self._live.start()
         return self

@@ -1,4 +1,4 @@
-"""What `testbed status` prints of a running NIC: one headline, its queue pairs by program, its counters."""
+"""The output of `testbed status` for a running NIC: a headline, its queue pairs by program, its counters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _table(*columns: str) -> Table:
 
 
 def render(report: Mapping[str, Any]) -> RenderableType:
-    """The tables of one NIC (`testbed.lab.nics.report`)."""
+    """Render the report of one NIC (`testbed.lab.nics.report`) as tables."""
     return Group(*_parts(report))
 
 
@@ -51,16 +51,16 @@ def _parts(report: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _head(opened: Mapping[str, Any], what: str) -> Text:
-    who = opened["program"] or "(its process has gone)"
+    program = opened["program"] or "(process has ended)"
     process = f"pid {opened['pid']}" if opened["pid"] is not None else "no process yet"
-    head = Text.assemble((who, "bold"), f" · {process} · {what}")
+    head = Text.assemble((program, "bold"), f" · {process} · {what}")
     if opened["held"]:
-        head.append(" · held by a checkpoint", style="yellow")
+        head.append(" · held for a checkpoint", style="yellow")
     return head
 
 
 def _rdma_cm(file: Mapping[str, Any]) -> RenderableType:
-    """The ids of one open of rdma_cm."""
+    """The ids of one opening of rdma_cm."""
     table = _table("id", "state", "source", "destination", "connection")
     for cm_id in file["ids"]:
         name = str(cm_id["handle"])
@@ -88,16 +88,16 @@ def _context(context: Mapping[str, Any]) -> RenderableType:
 
 
 def _flags(qp: Mapping[str, Any]) -> Text:
-    told = [
+    flags = [
         name
         for name, key in (("Stopped", "stopped"), ("Paused", "paused"), ("RESUME unanswered", "resume_pending"))
         if qp[key]
     ]
-    return Text(", ".join(told), style="yellow")
+    return Text(", ".join(flags), style="yellow")
 
 
 def _counters(report: Mapping[str, Any]) -> Table:
-    """rxe's counters as in its sysfs files, those that are 0 left out; then refusals by kind and MigrOS's."""
+    """Counters other than 0: those of rxe's sysfs files, traffic, refusals by kind, and those of MigrOS."""
     counters, own = report["hw_counters"], report["counters"]
     migros = {
         name: own[name] for name in sorted(own) if ("resume" in name or "stopped" in name) and "refused" not in name

@@ -1,7 +1,7 @@
-"""Pictures of results: no display needed, readable by a colour-blind reader and in grey, axes from zero.
+"""Plots of results: drawn without a display, readable by colour-blind readers and in greyscale, with axes from zero.
 
-Every picture says how many samples it rests on and shows the 95 % interval of each median. Series differ by marker and
-hatch as well as by colour (the Okabe–Ito palette). Functions take numbers and write one PNG; they read no files.
+Every plot states its number of samples and shows the 95 % interval of each median. Series differ in marker and hatch as
+well as in colour (the Okabe–Ito palette). The functions take numbers and write one PNG; they do not read files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#999999")
-"""Okabe and Ito, "Color Universal Design" (2008), and a grey."""
+"""The colours of Okabe and Ito, "Color Universal Design" (2008), and a grey."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++", "oo", "||")
 WIDTH, HEIGHT, DPI = 8.0, 4.8, 120
@@ -47,7 +47,7 @@ def _save(figure: Figure, path: Path, note: str = "") -> Path:
 
 
 def _errors(estimates: Sequence[Estimate]) -> list[list[float]] | None:
-    """Distances from median to both ends, as errorbar wants them; None if no point has an interval."""
+    """Distances from each median to the ends of its interval, for errorbar; None if no point has an interval."""
     if all(e.low is None or e.high is None for e in estimates):
         return None
     low = [e.median - (e.median if e.low is None else e.low) for e in estimates]
@@ -74,7 +74,7 @@ def lines(
     tick: Any = None,
     note: str = "",
 ) -> Path:
-    """Medians over x, one line per series (label → {x: estimate}), y from 0. `tick(x)` writes an x value."""
+    """Plot medians over x, one line per series (label → {x: estimate}), y from 0. `tick(x)` formats an x value."""
     figure, axes = _axes(title, xlabel, ylabel)
     every = [estimate for points in series.values() for estimate in points.values()]
     ticks = sorted({x for points in series.values() for x in points})
@@ -108,9 +108,9 @@ def stacked_phases(
     whole: Mapping[str, Estimate] | None = None,
     note: str = "",
 ) -> Path:
-    """One bar per configuration (label → phase → estimate in ms), the phases of the blackout on top of each other.
+    """Plot one bar per configuration (label → phase → estimate in ms) with the phases of the blackout stacked.
 
-    dump_nic runs beside dump_process and is left out of the stack. `whole` marks the measured blackout of each bar.
+    dump_nic overlaps dump_process and is left out of the stack. `whole` marks the measured blackout of each bar.
     """
     figure, axes = _axes(title, "", "ms", height=HEIGHT + 0.6)
     stacked = [phase for phase in BLACKOUT_PHASES if phase != "dump_nic"]
@@ -141,7 +141,7 @@ def stacked_phases(
 
 
 def ratios(path: Path, found: Mapping[str, Estimate], *, title: str, ylabel: str, note: str = "") -> Path:
-    """One bar per test with the ratio's interval and every single pair as a dot; y from 0, a line at 1."""
+    """Plot one bar per test with the ratio's interval and every pair as a dot; y from 0, with a line at 1."""
     figure, axes = _axes(title, "", ylabel)
     estimates = list(found.values())
     axes.bar(range(len(found)), [e.median for e in estimates], 0.6, color=PALETTE[4], edgecolor=PALETTE[0])
@@ -153,7 +153,7 @@ def ratios(path: Path, found: Mapping[str, Estimate], *, title: str, ylabel: str
     for index, found_one in enumerate(estimates):
         spread = [index + 0.22 + 0.012 * (i % 5) for i in range(found_one.n)]
         axes.plot(spread, found_one.values, ".", color="0.35", markersize=4)
-        # At the foot of the bar, where no whisker and no dot is.
+        # At the foot of the bar, clear of whiskers and dots.
         axes.annotate(
             f"{found_one.median:.3f}", (index, 0), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9
         )
@@ -162,18 +162,18 @@ def ratios(path: Path, found: Mapping[str, Estimate], *, title: str, ylabel: str
     axes.set_ylim(bottom=0)
     sizes = sorted({e.n for e in estimates})
     count = f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]}–{sizes[-1]}"
-    base = f"median of {count} pairs per test, each a dot; whiskers: 95 % bootstrap interval"
+    base = f"median of {count} pairs per test, one dot each; whiskers: 95 % bootstrap interval"
     return _save(figure, path, "; ".join(part for part in (base, note) if part))
 
 
 def run_timeline(path: Path, summary: Summary) -> Path | None:
-    """The migrations of a run, phase by phase over time, with the gaps that both ends saw. None if there was none."""
+    """Plot the phases of a run's migrations over time, with the gaps that both ends saw; None without a migration."""
     shown = [migration for migration in summary.migrations if migration.phases_ms]
     if not shown:
         return None
     rows = sum(len(migration.phases_ms) + 1 for migration in shown)
     title = f"{summary.topology}: migrations of run {summary.run_id}"
-    figure, axes = _axes(title, "ms after the migration began", "", height=1.2 + 0.26 * rows)
+    figure, axes = _axes(title, "ms after the start of the migration", "", height=1.2 + 0.26 * rows)
     row = 0
     names: list[str] = []
     for migration in shown:
@@ -182,7 +182,7 @@ def run_timeline(path: Path, summary: Summary) -> Path | None:
         if migration.blackout_ms is not None:
             gaps.append(f"blackout {migration.blackout_ms:.0f} ms")
         if migration.partner_gap_ms is not None:
-            gaps.append(f"partner's gap {migration.partner_gap_ms:.0f} ms")
+            gaps.append(f"gap at the peer {migration.partner_gap_ms:.0f} ms")
         if not migration.ok:
             gaps.append("rolled back" if migration.rolled_back else "failed")
         axes.annotate(" · ".join(gaps), (0, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
@@ -194,9 +194,9 @@ def run_timeline(path: Path, summary: Summary) -> Path | None:
             names.append(phase)
             start, length = migration.phases_at_ms.get(phase, moment), migration.phases_ms[phase]
             moment = start + length
-            still = phase in BLACKOUT_PHASES
+            frozen = phase in BLACKOUT_PHASES
             axes.barh(
-                row, length, 0.7, left=start, color=PALETTE[0] if still else "0.8", hatch="" if still else "//",
+                row, length, 0.7, left=start, color=PALETTE[0] if frozen else "0.8", hatch="" if frozen else "//",
                 edgecolor="white",
             )  # fmt: skip
             axes.annotate(
@@ -208,4 +208,4 @@ def run_timeline(path: Path, summary: Summary) -> Path | None:
     axes.set_xlim(left=0)
     axes.margins(x=0.08)
     axes.grid(axis="x", color="0.9")
-    return _save(figure, path, "solid: the program stands still; hatched: it runs")
+    return _save(figure, path, "solid: the program is frozen; hatched: it runs")

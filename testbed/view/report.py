@@ -1,7 +1,7 @@
-"""The report of a run, for a terminal of 80 columns or more: what happened, how long it took, where everything lies.
+"""The report of a run, for a terminal of 80 columns or more: what happened, how long it took, where the files are.
 
-Colour only repeats what the words and shapes say already, so the report reads the same through a pipe (rich drops the
-colours there; FORCE_COLOR=1 keeps them) and to a colour-blind reader.
+Colour only repeats what the words and shapes already say, so the report reads the same through a pipe (where rich drops
+the colours, unless FORCE_COLOR=1 is set) and for a colour-blind reader.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ GOOD, BAD, NOTE, DIM = "green", "bold red", "yellow", "dim"
 
 
 class Bar:
-    """A bar from `start` to `end` of `whole` (any unit), as wide as its column gives and at least one cell long.
+    """A bar from `start` to `end` of `whole` (any unit), scaled to its column and at least one cell long.
 
-    Solid where the program stands still, shaded elsewhere; `#` and `-` where the terminal has no block characters.
+    It is solid while the program is frozen and shaded otherwise (`#` and `-` on a terminal without block characters).
     """
 
     def __init__(self, start: float, end: float, whole: float, *, solid: bool) -> None:
@@ -56,7 +56,7 @@ def render(summary: Summary) -> RenderableType:
 
 
 def print_report(summary: Summary, stream: TextIO | None = None, *, width: int | None = None) -> None:
-    """Print the report to `stream` (default standard output); `width` in columns (default: the terminal's, or 80)."""
+    """Print the report to `stream` (default: standard output), `width` columns wide (default: the terminal, or 80)."""
     console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
     if console.is_terminal:
         console.print(render(summary))
@@ -79,16 +79,16 @@ def _parts(summary: Summary) -> Iterator[RenderableType]:
     if summary.apps:
         yield from _section("Applications", _apps(summary.apps))
     if any(app.tail for app in summary.apps):
-        yield from _section("What they printed last", _tails(summary.apps))
+        yield from _section("Last lines of output", _tails(summary.apps))
     if summary.hosts:
         yield from _section("NICs, whole run", _nics(summary.hosts))
     if summary.flow_changes:
-        yield from _section("Flow changes, as the switches confirmed them", _flows(summary))
+        yield from _section("Flow changes, as confirmed by the switches", _flows(summary))
     if summary.limits:
-        yield from _section("Not to be had on this machine", _limits(summary))
+        yield from _section("Not available on this machine", _limits(summary))
     if summary.problems:
         yield from _section("Problems", _problems(summary))
-    yield from _section("Kept", _kept(summary))
+    yield from _section("Files", _files(summary))
 
 
 def _section(title: str, body: RenderableType) -> Iterator[RenderableType]:
@@ -98,7 +98,7 @@ def _section(title: str, body: RenderableType) -> Iterator[RenderableType]:
 
 
 def _table(*columns: str, header: bool = True) -> Table:
-    """A table without lines; a column name that ends in `>` is right-aligned, in `*` takes the room that is left."""
+    """A table without lines. A column whose name ends in `>` is right-aligned; one that ends in `*` may wrap."""
     table = Table(box=None, show_header=header, header_style=DIM, pad_edge=False, expand=False, padding=(0, 2, 0, 0))
     for column in columns:
         right, wide = column.endswith(">"), column.endswith("*")
@@ -153,10 +153,10 @@ def _migration(migration: Migration, total: int, *, repeated: int) -> Iterator[R
 
 
 def _timeline(migration: Migration) -> Table:
-    """One row per phase: start and length in ms, and where it lies in the whole."""
+    """One row per phase: its start and duration in ms, and a bar on the common time axis."""
     starts = dict(migration.phases_at_ms)
     moment = 0.0
-    for phase in PHASES:  # a run that did not note the starts: one after the other
+    for phase in PHASES:  # If the run did not record the starts, one follows the other.
         if phase in migration.phases_ms:
             moment = starts.setdefault(phase, moment) + migration.phases_ms[phase]
     whole = max(starts[phase] + length for phase, length in migration.phases_ms.items())
@@ -164,7 +164,7 @@ def _timeline(migration: Migration) -> Table:
     table.add_column("phase", no_wrap=True)
     table.add_column("at ms", justify="right", no_wrap=True)
     table.add_column("took ms", justify="right", no_wrap=True)
-    table.add_column(f"0 to {whole:,.0f} ms; solid: it stands still", ratio=1, no_wrap=True)
+    table.add_column(f"0 to {whole:,.0f} ms; solid: program is frozen", ratio=1, no_wrap=True)
     for phase in PHASES:
         if phase not in migration.phases_ms:
             continue
@@ -186,7 +186,7 @@ def _measured(migration: Migration) -> Table:
         table.add_row(
             "",
             Text.assemble(
-                (f"{text.ms(migration.partner_gap_ms)} ms", "bold"), " at the partner (longest gap between completions)"
+                (f"{text.ms(migration.partner_gap_ms)} ms", "bold"), " at the peer (longest gap between completions)"
             ),
         )
     moved = [
@@ -199,7 +199,7 @@ def _measured(migration: Migration) -> Table:
     wire = [
         migration.nak_stopped is not None and f"{text.count(migration.nak_stopped)} NAK_STOPPED",
         migration.resumes is not None and f"{text.count(migration.resumes)} RESUME",
-        migration.retransmissions is not None and f"{text.count(migration.retransmissions)} packets sent again",
+        migration.retransmissions is not None and f"{text.count(migration.retransmissions)} packets retransmitted",
     ]
     if any(wire):
         table.add_row("on the wire", ", ".join(part for part in wire if part))
@@ -227,7 +227,7 @@ def _apps(apps: Iterable[App]) -> Table:
 
 
 def _tails(apps: Iterable[App]) -> Table:
-    """Programs print what they like: shown as it is, no markup, control characters replaced."""
+    """The output of programs, shown literally (it is not markup) but with control characters replaced."""
     table = _table("", "*", header=False)
     for app in apps:
         for number, words in enumerate(app.tail):
@@ -244,19 +244,19 @@ def _nics(hosts: Iterable[Host]) -> Table:
         "\nreceived",
         "bytes\nsent",
         "\nreceived",
-        "sent\nagain",
-        "NAK_ST.\nsent/got",
-        "RESUME\nsent/got",
+        "retrans-\nmitted",
+        "NAK_ST.\nsent/rcvd",
+        "RESUME\nsent/rcvd",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for host in hosts:
 
         def counted(name: str, nic: dict[str, int] = host.nic) -> int | None:
-            # A NIC lists what it has counted: what its list lacks did not happen.
+            # A NIC lists only the counters that it has incremented; the others are 0.
             return nic.get(name, 0) if nic else None
 
         def pair(name: str, counted: Callable[[str], int | None] = counted) -> str:
-            return "/".join(text.count(counted(f"{way}_{name}")) for way in ("sent", "rcvd"))
+            return "/".join(text.count(counted(f"{direction}_{name}")) for direction in ("sent", "rcvd"))
 
         table.add_row(
             host.name,
@@ -297,7 +297,7 @@ def _repeats(summary: Summary) -> Table:
 
 
 def _statistics(summary: Summary) -> Table:
-    """Medians and intervals, migration by migration; starts of phases are left to summary.json."""
+    """Medians and intervals by migration; the starts of phases are only in summary.json."""
     table = _table("", "median>", "from>", "to>", "n>")
     migration = ""
     for path, found in summary.statistics.items():
@@ -315,30 +315,30 @@ def _statistics(summary: Summary) -> Table:
 
 
 def _which(summary: Summary, prefix: str) -> str:
-    """`server h2 → h3` for `migrations[0]`."""
+    """A migration in words, such as `server h2 → h3` for `migrations[0]`."""
     for migration in summary.migrations:
         if prefix == f"migrations[{migration.index}]":
             return f"{migration.app} {migration.from_host} → {migration.to_host}"
     return ""
 
 
-def _kept(summary: Summary) -> RenderableType:
+def _files(summary: Summary) -> RenderableType:
     table = _table("", "*", header=False)
     for host in summary.hosts:
         for capture in host.captures:
             frames = "" if capture.frames is None else f", {_plural(capture.frames, 'frame')}"
             table.add_row(capture.path, f"RoCE frames at {host.name}, {text.size(capture.bytes)}{frames}")
         if host.trace is not None:
-            table.add_row(host.trace, f"what {host.name}'s queue pairs did (testbed diagram draws it)")
+            table.add_row(host.trace, f"trace of {host.name}'s queue pairs (testbed diagram draws it)")
     for app in summary.apps:
-        for path in app.logs.values():
-            table.add_row(path, f"what {app.name} printed")
+        for stream, path in app.logs.items():
+            table.add_row(path, f"{stream} of {app.name}")
     if summary.folder and (Path(summary.folder) / "timeline.png").exists():
-        table.add_row("timeline.png", "the migrations' phases as a picture")
+        table.add_row("timeline.png", "phases of the migrations as a picture")
     table.add_row("summary.json", "this report as data")
-    table.add_row("events.jsonl", "what happened when")
-    table.add_row("topology.yaml", "the topology as it was run")
-    table.add_row("versions.json", "kernel, programs, packages")
+    table.add_row("events.jsonl", "events with their times")
+    table.add_row("topology.yaml", "topology with every default filled in")
+    table.add_row("versions.json", "versions of kernel, programs and packages")
     if summary.folder and (Path(summary.folder) / "network").is_dir():
         table.add_row("network/", "logs of the controller and the SSH servers")
     return Group(Text(summary.folder, overflow="fold"), table)

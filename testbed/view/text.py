@@ -1,10 +1,10 @@
-"""How numbers are written in the live view and the report: one way for times, sizes, rates and counts."""
+"""Number formats of the live view and the report, for times, sizes, rates and counts."""
 
 from __future__ import annotations
 
 
 def count(value: int | None) -> str:
-    """1234567 → `1,234,567`; None → `–`."""
+    """A count with thousands separators: 1234567 → `1,234,567`; None → `–`."""
     return "–" if value is None else f"{value:,}"
 
 
@@ -33,7 +33,7 @@ def rate(bytes_per_second: float | None) -> str:
 
 
 def ms(value: float | None) -> str:
-    """Milliseconds, three significant digits but never more than two decimals: 0.0312 → `0.03`, 1234.5 → `1,234`."""
+    """Milliseconds with three significant digits, at most two decimals: 0.0312 → `0.03`, 1234.5 → `1,234`."""
     return "–" if value is None else f"{value:,.{_places(abs(value))}f}"
 
 

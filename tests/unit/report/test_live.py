@@ -57,14 +57,14 @@ def test_during_a_migration() -> None:
     assert row(text, "h1") == "h1 1,500 – 11.9 MiB – 100 Mbit/s 0 bit/s"
     assert row(text, "h2") == "h2 – – – – – –"
     assert "✓ prepare 61.3 ms" in text and "▸ freeze …" in text and "· commit" in text
-    assert "not to be had here: OVS kernel datapath; instead: userspace (no module [x])" in text
+    assert "not available here: OVS kernel datapath; instead: userspace (no module [x])" in text
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
 def test_after_it() -> None:
     text = seen(STORY + ENDING)
     assert row(text, "server") == "server h3 code 0"
-    assert "done, blackout 413 ms, at the partner 415 ms" in text
+    assert "done, blackout 413 ms, at the peer 415 ms" in text
 
 
 def test_a_rollback_is_said() -> None:
@@ -90,7 +90,7 @@ def test_plain_lines_when_not_a_terminal() -> None:
     lines = stream.getvalue().splitlines()
     assert lines[0] == "[    0.000] migrate_pair, seed 1"
     assert "[    3.100] migration 1: prepare 61.3 ms" in lines
-    assert "[    3.600] migration 1: done, blackout 413 ms, at the partner 415 ms" in lines
+    assert "[    3.600] migration 1: done, blackout 413 ms, at the peer 415 ms" in lines
     assert "\x1b" not in stream.getvalue()
     assert not any("counters" in text for text in lines), "periodic counters would drown a log"
 
