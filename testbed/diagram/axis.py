@@ -1,4 +1,4 @@
-"""A sequence diagram's vertical axis: seconds become rows, labels keep their distance, long waits are cut short."""
+"""The vertical axis of a sequence diagram: maps seconds to rows, keeps labels apart and shortens long waits."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 LONGEST_WAIT: Final = 3.0
-"""Rows that a wait takes at most."""
+"""Largest number of rows that a wait takes."""
 
 
 class Point(NamedTuple):
     """A moment that needs a row."""
 
     when: float
-    """Seconds."""
+    """Time in seconds."""
     order: int
-    """Among those of the same moment; from 2 on it keeps no distance."""
+    """Order among points with the same time; a point with 2 or more keeps no distance from labels."""
     side: int
-    """Labels of two ends may be level, but not within a row of another label, or of an arrow's tip, at the same end."""
+    """The end that the point is at. Labels keep a row's distance from labels and arrow tips at the same end only."""
     written: bool
-    """It has a label."""
+    """Whether the point has a label."""
     put: Callable[[float], None]
-    """Takes the row."""
+    """Called with the row of the point."""
 
 
 class Axis:
-    """Rows of all points, in the order of time."""
+    """The rows of all points, in chronological order."""
 
     def __init__(self, points: Iterable[Point], rate: float) -> None:
-        """rate: rows per second, where nothing else asks for more or less."""
+        """rate: rows per second, unless labels need more or a wait gets fewer."""
         self.waits: list[tuple[float, float]] = []
-        """(row, milliseconds) of waits that were cut short."""
+        """(row, milliseconds) of waits that were shortened."""
         self._times: list[float] = []
         self._rows: list[float] = []
         self._labelled: list[tuple[float, float]] = []
@@ -54,7 +54,7 @@ class Axis:
         self.height = row + 0.5
 
     def at(self, when: float) -> float:
-        """The row of a moment; before the first and after the last the ends of the axis (−0.5, `height`)."""
+        """The row of a time; an end of the axis (−0.5 or `height`) before the first and after the last point."""
         index = bisect.bisect_left(self._times, when)
         if index == len(self._times):
             return self.height
@@ -67,7 +67,7 @@ class Axis:
         return r0 + (r1 - r0) * (when - t0) / (t1 - t0)
 
     def ticks(self, origin: float) -> list[tuple[float, float]]:
-        """(row, milliseconds after `origin`) of moments to write at the axis, at least two rows apart."""
+        """(row, milliseconds after `origin`) of the times to print at the axis, at least two rows apart."""
         found: list[tuple[float, float]] = []
         for row, when in self._labelled:
             if not found or row >= found[-1][0] + 2:

@@ -1,6 +1,6 @@
-"""The layout of a sequence diagram: which arrows, bands and notes, and where on the vertical axis.
+"""The layout of a sequence diagram: its arrows, bands and notes, and their rows on the vertical axis.
 
-Between two events that lie close together the axis is linear in time; a wait longer than a few rows is cut short (and
+The axis is linear in time between events that are close together; a wait longer than a few rows is shortened (and
 marked), and labels are kept a row apart. `testbed.diagram.picture` draws what this module computes.
 """
 
@@ -18,18 +18,18 @@ from testbed.diagram.axis import Axis, Point
 from testbed.diagram.trace import Flight, Trace, connection, flights
 
 MAX_ARROWS: Final = 45
-"""Arrows and bands in a picture where no window of time is asked for."""
+"""Largest number of arrows and bands in a picture if no time window is given."""
 MIN_RUN: Final = 5
-"""Packets of one kind in a row that become a band."""
+"""Number of consecutive packets of one kind that become a band."""
 FLIGHT_ROWS: Final = 1.2
-"""Rows that the median packet is on its way."""
+"""Rows that correspond to the median time of flight."""
 
 KINDS: Final = ("request", "retransmission", "response", "nak", "stopped", "resume")
 
 
 @dataclass(slots=True)
 class Arrow:
-    """One packet, or a band of `count` like it. Rows are filled in by `Layout`."""
+    """One packet, or a band of `count` similar packets. `layout` fills in the rows."""
 
     flight: Flight
     kind: str
@@ -37,40 +37,40 @@ class Arrow:
     label: str
     sender: int
     receiver: int
-    """Columns; of a lost packet the one that it was sent to."""
+    """Column of the receiver; for a lost packet, of the end that it was sent to."""
     lost: bool
     last: Flight | None = None
-    """The band's last packet."""
+    """Last packet of a band."""
     count: int = 1
     rows: list[float] = field(default_factory=list)
-    """Row of the sending and of the reception; a band: also those of its last packet."""
+    """Rows of sending and reception; for a band, followed by those of its last packet."""
 
     def times(self) -> list[float]:
-        """Seconds of the moments that `rows` are for."""
+        """The times in seconds that `rows` belong to."""
         pair = [when for flight in (self.flight, self.last) if flight is not None for when in _ends(flight)]
         return pair
 
 
 @dataclass(slots=True)
 class Note:
-    """Something that happened at one end: a state, a timer, a completion."""
+    """An event at one end: a state, a timer, a completion."""
 
     at: float
     column: int
     text: str
-    """Empty: only a mark."""
+    """The label; if it is empty, only a mark is drawn."""
     kind: str
-    """state, timer, completion or error."""
+    """One of state, timer, completion, error."""
     row: float = 0.0
 
     def put(self, row: float) -> None:
-        """Say where it is."""
+        """Set the row."""
         self.row = row
 
 
 @dataclass(slots=True)
 class Span:
-    """A lifeline's colour from `begin` to `end` (rows): stopped, paused, rnr_wait, resuming or gone."""
+    """A coloured part of a lifeline, from row `begin` to row `end`; `kind` is a key of `picture.SPANS`."""
 
     column: int
     kind: str
@@ -90,10 +90,10 @@ class Layout:
     ticks: list[tuple[float, float]]
     """(row, milliseconds after the first packet of the traces)."""
     waits: list[tuple[float, float]]
-    """(row, milliseconds) of waits that were cut short."""
+    """(row, milliseconds) of waits that were shortened."""
     height: float
     left_out: int
-    """Packets in the traces outside the window."""
+    """Number of packets in the traces that are outside the window."""
 
 
 def _ends(flight: Flight) -> tuple[float, float]:
@@ -107,17 +107,16 @@ def layout(
     begin_ms: float | None = None,
     end_ms: float | None = None,
 ) -> Layout:
-    """Lay the connection of `qpn` out (None: the busiest), from `begin_ms` to `end_ms` after its first packet.
+    """Lay out the connection of `qpn` (None: the busiest) from `begin_ms` to `end_ms` after its first packet.
 
-    Without a window the picture has up to MAX_ARROWS arrows, around the first thing that is out of the ordinary.
-    Raises BadInput.
+    Without a window, the picture has up to MAX_ARROWS arrows around the first unusual packet. Raises BadInput.
     """
     qpns = connection(traces, qpn)
     every = flights(traces, qpns)
     origin = every[0].at
     columns = [trace.name for trace in traces]
     if len(traces) == 1:
-        columns.append("partner")
+        columns.append("peer")
     arrows = _elide([_arrow(flight, traces) for flight in every])
     if begin_ms is None and end_ms is None:
         shown = _interesting(arrows)
@@ -127,12 +126,12 @@ def layout(
         shown = [arrow for arrow in arrows if low <= arrow.flight.at <= high]
         if len(shown) > 4 * MAX_ARROWS:
             raise BadInput(
-                f"{len(shown)} arrows are too many for a picture (limit {4 * MAX_ARROWS})",
-                hint="a narrower window: --from and --to, in ms after the first packet",
+                f"too many arrows for a picture: {len(shown)}; allowed: up to {4 * MAX_ARROWS}",
+                hint="choose a narrower window with --from and --to, in ms after the first packet",
             )
     if not shown:
         last = (every[-1].at - origin) * 1000
-        raise BadInput("no packet in this window", hint=f"the packets lie between 0 and {last:.3f} ms")
+        raise BadInput("no packet in this window", hint=f"the packets are between 0 and {last:.3f} ms")
     window = min(arrow.flight.at for arrow in shown), max(max(arrow.times()) for arrow in shown)
     notes = _notes(traces, qpns, *window)
     rows = _axis(shown, notes)
@@ -148,18 +147,18 @@ def layout(
 
 def _arrow(flight: Flight, traces: Sequence[Trace]) -> Arrow:
     line = flight.line
-    partner = len(traces) if len(traces) == 1 else None
+    peer = len(traces) if len(traces) == 1 else None
     sender, receiver = flight.sender, flight.receiver
     if sender is None:
-        sender = partner if partner is not None else _home(traces, line["remote_qpn"], flight.at, receiver)
+        sender = peer if peer is not None else _column_of(traces, line["remote_qpn"], flight.at, receiver)
     if receiver is None:
-        receiver = partner if partner is not None else _home(traces, line["remote_qpn"], flight.at, sender)
-    lost = flight.receiver is None and partner is None
+        receiver = peer if peer is not None else _column_of(traces, line["remote_qpn"], flight.at, sender)
+    lost = flight.receiver is None and peer is None
     return Arrow(flight, kind_of(line), label_of(line), sender, receiver, lost)
 
 
-def _home(traces: Sequence[Trace], qpn: int, when: float, other: int | None) -> int:
-    """The column where queue pair `qpn` was last seen before `when`, else the first one beside `other`."""
+def _column_of(traces: Sequence[Trace], qpn: int, when: float, other: int | None) -> int:
+    """The column in which queue pair `qpn` was last seen before `when`, else the first that is not `other`."""
     best, seen = None, float("-inf")
     for index, trace in enumerate(traces):
         at = bisect.bisect_right([line["t"] for line in trace.lines if line.get("qpn") == qpn], when)
@@ -170,7 +169,7 @@ def _home(traces: Sequence[Trace], qpn: int, when: float, other: int | None) -> 
 
 
 def kind_of(line: dict[str, Any]) -> str:
-    """One of KINDS, by which an arrow gets its colour."""
+    """The kind of a packet, one of KINDS, which determines the colour of its arrow."""
     code = line.get("code", "ACK")
     if line["opcode"] == "RC_RESUME" or line.get("resumed"):
         return "resume"
@@ -184,7 +183,7 @@ def kind_of(line: dict[str, Any]) -> str:
 
 
 def label_of(line: dict[str, Any]) -> str:
-    """`SEND_FIRST 1234`, `NAK_STOPPED 7`, …"""
+    """The label of a packet, such as `SEND_FIRST 1234` or `NAK_STOPPED 7`."""
     name = short_name(line)
     if line.get("resumed"):
         name = "ACK of RESUME"
@@ -194,7 +193,7 @@ def label_of(line: dict[str, Any]) -> str:
 
 
 def short_name(line: dict[str, Any]) -> str:
-    """The opcode without its service; of an ACKNOWLEDGE what it says."""
+    """The opcode without its service; for an ACKNOWLEDGE, the kind of acknowledgement."""
     if line["opcode"] == "RC_ACKNOWLEDGE":
         return str(line["code"])
     name = str(line["opcode"])
@@ -204,7 +203,7 @@ def short_name(line: dict[str, Any]) -> str:
 
 
 def _elide(arrows: Sequence[Arrow]) -> list[Arrow]:
-    """Runs of MIN_RUN and more packets of one kind from one end become bands."""
+    """Replace runs of at least MIN_RUN packets of one kind from one end by bands."""
     runs: dict[int, list[Arrow]] = {}
     done: list[Arrow] = []
 
@@ -222,7 +221,8 @@ def _elide(arrows: Sequence[Arrow]) -> list[Arrow]:
 
     for arrow in arrows:
         for column, others in list(runs.items()):
-            # Only the middle of a message goes on whatever the other end does: else who answers whom would be lost.
+            # Only a run of MIDDLE packets continues across packets from the other end; for others, joining would hide
+            # which packet answers which.
             if column != arrow.sender and "MIDDLE" not in others[-1].flight.line["opcode"]:
                 end_run(column)
         run = runs.get(arrow.sender)
@@ -250,7 +250,7 @@ def _alike(one: Arrow, other: Arrow) -> bool:
 
 
 def _interesting(arrows: Sequence[Arrow]) -> list[Arrow]:
-    """At most MAX_ARROWS, a third of them before the first that is not ordinary."""
+    """At most MAX_ARROWS arrows, a third of them before the first unusual one."""
     special = [
         index
         for index, arrow in enumerate(arrows)
@@ -260,7 +260,7 @@ def _interesting(arrows: Sequence[Arrow]) -> list[Arrow]:
     return list(arrows[first : first + MAX_ARROWS])
 
 
-# ---- what happens at an end ------------------------------------------------------------------------------------------
+# ---- events at one end -----------------------------------------------------------------------------------------------
 
 
 def _notes(traces: Sequence[Trace], qpns: frozenset[int], begin: float, end: float) -> list[Note]:
@@ -271,10 +271,10 @@ def _notes(traces: Sequence[Trace], qpns: frozenset[int], begin: float, end: flo
             if line.get("qpn") not in qpns:
                 continue
             if line["event"] == "state":
-                said = _state_text(before, line)
+                text = _state_text(before, line)
                 before = line
-                if said and begin <= line["t"] <= end:
-                    notes.append(Note(line["t"], column, said, "state"))
+                if text and begin <= line["t"] <= end:
+                    notes.append(Note(line["t"], column, text, "state"))
             elif not begin <= line["t"] <= end:
                 continue
             elif line["event"] == "timer":
@@ -289,28 +289,28 @@ def _notes(traces: Sequence[Trace], qpns: frozenset[int], begin: float, end: flo
 
 
 def _state_text(before: dict[str, Any], now: dict[str, Any]) -> str:
-    said = []
+    changes = []
     if now["state"] != before.get("state") and before:
-        said.append(now["state"])
+        changes.append(now["state"])
     for name, begins, ends in (
-        ("stopped", "Stopped", "runs again"),
-        ("paused", "Paused", "goes on"),
-        ("rnr_wait", "waits (RNR)", ""),
+        ("stopped", "Stopped", "resumes"),
+        ("paused", "Paused", "continues"),
+        ("rnr_wait", "RNR wait", ""),
     ):
         if now[name] and not before.get(name):
-            said.append(begins)
+            changes.append(begins)
         elif before.get(name) and not now[name] and ends:
-            said.append(ends)
-    if said == ["Stopped"] and not before:
-        said = ["restored, Stopped"]
+            changes.append(ends)
+    if changes == ["Stopped"] and not before:
+        changes = ["restored, Stopped"]
     if before and now.get("remote_ip") != before.get("remote_ip") and before.get("remote_ip"):
-        said.append(f"partner is at {now.get('remote_ip')}")
-    return ", ".join(said)
+        changes.append(f"peer is at {now.get('remote_ip')}")
+    return ", ".join(changes)
 
 
 def _spans(traces: Sequence[Trace], qpns: frozenset[int], rows: Axis) -> Iterable[Span]:
     for column, trace in enumerate(traces):
-        changes: list[tuple[float, str]] = [(float("-inf"), "gone")]  # until its first line it is not there
+        changes: list[tuple[float, str]] = [(float("-inf"), "gone")]  # Absent until its first line.
         for line in trace.lines:
             if line.get("qpn") not in qpns or line["event"] not in ("state", "gone"):
                 continue
@@ -329,16 +329,16 @@ def _spans(traces: Sequence[Trace], qpns: frozenset[int], rows: Axis) -> Iterabl
 
 
 def _axis(arrows: Sequence[Arrow], notes: Sequence[Note]) -> Axis:
-    """Give arrows and notes their rows."""
-    spent = [b - a for arrow in arrows for a, b in [_ends(arrow.flight)] if b > a]
+    """Assign rows to arrows and notes."""
+    flight_times = [b - a for arrow in arrows for a, b in [_ends(arrow.flight)] if b > a]
     points = [Point(note.at, 1, 100 + note.column, bool(note.text), note.put) for note in notes]
     for arrow in arrows:
         times = arrow.times()
         arrow.rows = [0.0] * len(times)
         for index, when in enumerate(times):
             sent = index % 2 == 0
-            # Of one moment: receptions, then what they cause, then ends that nobody saw.
+            # At the same time: receptions first, then what they cause, then receptions that were not seen.
             order = 1 if sent else 0 if when > times[index - 1] else 2
             side = arrow.sender if sent else arrow.receiver
             points.append(Point(when, order, side, index == 0, partial(arrow.rows.__setitem__, index)))
-    return Axis(points, FLIGHT_ROWS / (statistics.median(spent) if spent else 1e-4))
+    return Axis(points, FLIGHT_ROWS / (statistics.median(flight_times) if flight_times else 1e-4))

@@ -1,4 +1,4 @@
-"""Draws the layout of a sequence diagram as PNG or SVG: lifelines, slanted arrows, bands, states beside them."""
+"""Drawing a sequence diagram as PNG, SVG or PDF: lifelines, slanted arrows, bands, and states beside them."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ DPI: Final = 100
 
 STYLES: Final[dict[str, tuple[str, str, str]]] = {
     "request": (BLUE, "-", "request"),
-    "retransmission": (BLUE, "--", "sent again"),
+    "retransmission": (BLUE, "--", "retransmission"),
     "response": (GREEN, "-", "response, ACK"),
     "nak": (ORANGE, "-", "NAK, RNR NAK"),
     "stopped": (VERMILION, "-", "NAK_STOPPED"),
     "resume": (PURPLE, "-", "RESUME and its ACK"),
 }
-"""Colour, line style and legend of each kind of arrow."""
+"""Kind of arrow → colour, line style, legend."""
 SPANS: Final = {
     "stopped": (VERMILION, "Stopped"),
     "paused": (ORANGE, "Paused"),
     "resuming": (PURPLE, "RESUME unanswered"),
-    "rnr_wait": (YELLOW, "waits after an RNR NAK"),
+    "rnr_wait": (YELLOW, "waiting after an RNR NAK"),
     "gone": ("white", ""),
 }
+"""Kind of span → colour, legend."""
 
 
 def draw(layout: Layout, path: Path, title: str) -> Path:
-    """Write the picture; the ending of `path` says the format (png, svg, pdf). Raises OSError."""
+    """Write the picture in the format of `path`'s suffix (.png, .svg or .pdf). Raises OSError."""
     columns = len(layout.columns)
     width = (columns - 1) * COLUMN_INCHES + 2 * MARGIN_INCHES
     height = layout.height * ROW_INCHES + 1.6
@@ -74,7 +75,7 @@ def draw(layout: Layout, path: Path, title: str) -> Path:
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
-        # A line drawing needs few colours: with a palette the file is a third as large.
+        # A line drawing needs few colours, and with a palette the file is a third of the size.
         whole = io.BytesIO()
         figure.savefig(whole, format="png")
         Image.open(whole).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -125,7 +126,7 @@ def _arrow(axes: Axes, arrow: Arrow) -> None:
     side = 1 if b > a else -1
     if arrow.count > 1:
         top += 0.3  # inside the band
-    # A little below the line's start where it falls, so that the line does not cross its own label.
+    # Slightly lower where the line slopes down, so that the line does not cross its label.
     slope = min(max(bottom - arrow.rows[0], 0.0), 2.0)
     axes.text(
         a + 0.02 * side, top - 0.08 + 0.03 * slope, arrow.label, fontsize=FONT, color=colour, zorder=5,
@@ -151,7 +152,7 @@ def _note(axes: Axes, note: Note, columns: int) -> None:
 
 
 def _axis(axes: Axes, layout: Layout) -> None:
-    """Times at the left edge; a wait that was cut short is marked on every lifeline."""
+    """Draw the times at the left edge, and mark shortened waits on every lifeline."""
     left = -MARGIN_INCHES / COLUMN_INCHES + 0.03
     axes.text(left, -1.1, "ms", fontsize=7, color="0.35", va="center")
     for row, milliseconds in layout.ticks:
@@ -165,7 +166,7 @@ def _axis(axes: Axes, layout: Layout) -> None:
 
 
 def _legend(layout: Layout) -> list[Any]:
-    """Only what is in the picture."""
+    """The legend, limited to what the picture contains."""
     kinds = {arrow.kind for arrow in layout.arrows}
     found: list[Any] = [
         Line2D([], [], color=colour, dashes=(3, 2) if line == "--" else (None, None), label=label)
@@ -175,7 +176,7 @@ def _legend(layout: Layout) -> list[Any]:
     if any(arrow.lost for arrow in layout.arrows):
         found.append(Line2D([], [], color=BLACK, marker="x", linestyle="", label="lost"))
     if any(arrow.count > 1 for arrow in layout.arrows):
-        found.append(Patch(facecolor=BLUE, alpha=0.22, edgecolor=BLUE, label="several alike"))
+        found.append(Patch(facecolor=BLUE, alpha=0.22, edgecolor=BLUE, label="several similar packets"))
     if any(note.kind == "completion" for note in layout.notes):
         found.append(Line2D([], [], color=GREEN, marker="o", linestyle="", markersize=3, label="completion"))
     spans = {span.kind for span in layout.spans}

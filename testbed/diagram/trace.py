@@ -1,4 +1,4 @@
-"""Reading traces of queue pairs (docs/trace.md), and finding each sent packet at the end that received it."""
+"""Reading traces of queue pairs (docs/trace.md), and matching each sent packet with its reception."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from testbed.base.errors import BadInput
 
 VERSION: Final = 1
 Line = dict[str, Any]
-"""One line: `t`, `event`, and the fields of docs/trace.md."""
+"""One line of a trace: `t`, `event`, and the other fields that docs/trace.md describes."""
 
 
 @dataclass(slots=True)
 class Trace:
-    """One file: what one NIC saw. `lines` are sorted by time."""
+    """One trace file, recorded by one NIC. `lines` are sorted by time."""
 
     path: Path
     start: Line
-    """The first line: version, addresses, queue pairs asked for."""
+    """The first line, with version, addresses, and the queue pairs that were requested."""
     lines: list[Line] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
+        """The file's name without its suffix."""
         return self.path.stem
 
     def packets(self, direction: str | None = None, qpn: int | None = None) -> list[Line]:
-        """Packet lines, of one direction (`sent`, `received`) and one queue pair where given."""
+        """The packet lines; optionally those of one direction (`sent` or `received`) and of one queue pair."""
         return [
             line
             for line in self.lines
@@ -39,7 +39,7 @@ class Trace:
         ]
 
     def qpns(self) -> list[int]:
-        """Queue pairs of this end that sent or received something, the busiest first."""
+        """The queue pairs of this end that sent or received packets, the busiest first."""
         count: dict[int, int] = defaultdict(int)
         for line in self.packets():
             count[line["qpn"]] += 1
@@ -47,11 +47,11 @@ class Trace:
 
 
 def read(path: Path) -> Trace:
-    """Read a trace. A last line that is cut off (the NIC was killed) is left out. Raises BadInput."""
+    """Read a trace. A truncated last line (the NIC was killed) is ignored. Raises BadInput."""
     try:
         texts = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise BadInput(f"cannot read the trace: {reason}", where=str(path)) from error
     lines: list[Line] = []
     for number, text in enumerate(texts, start=1):
@@ -61,47 +61,55 @@ def read(path: Path) -> Trace:
             line = json.loads(text)
         except ValueError as error:
             if number == len(texts):
-                break  # no newline after it
+                break  # It has no newline, so it is truncated.
             raise BadInput(f"line {number} is not JSON: {error}", where=str(path)) from error
         if not isinstance(line, dict) or "event" not in line or not isinstance(line.get("t"), int | float):
-            raise BadInput(f"line {number} is no line of a trace", where=str(path), hint="docs/trace.md has the fields")
+            raise BadInput(
+                f"line {number} is not a trace event", where=str(path), hint="docs/trace.md describes the fields"
+            )
         lines.append(line)
     if not lines or lines[0]["event"] != "start":
-        raise BadInput("not a trace of queue pairs", where=str(path), hint="its first line has the event start")
+        raise BadInput(
+            "not a trace of queue pairs", where=str(path), hint="the first line of a trace must be a start event"
+        )
     if lines[0].get("version") != VERSION:
-        raise BadInput(f"version {lines[0].get('version')!r} of the format", where=str(path), hint=f"known: {VERSION}")
+        raise BadInput(
+            f"unsupported version {lines[0].get('version')!r} of the format; allowed: {VERSION}",
+            where=str(path),
+            hint="record the trace with this version of the testbed",
+        )
     return Trace(path, lines[0], sorted(lines[1:], key=lambda line: line["t"]))
 
 
 @dataclass(slots=True)
 class Flight:
-    """One packet on its way between two ends."""
+    """One packet between two ends."""
 
     line: Line
-    """As it was sent (as it was received, when only that was seen)."""
+    """The line of its sending, or of its reception if its sending was not traced."""
     sender: int | None
-    """Index of the trace that sent it; None: no trace of that end."""
+    """Index of the trace that has its sending; None if there is none."""
     receiver: int | None = None
-    """Index of the trace that received it; None: nobody's trace has it."""
+    """Index of the trace that has its reception; None if there is none."""
     sent_at: float | None = None
     received_at: float | None = None
     copies: list[float] = field(default_factory=list)
-    """When it was received once more (the link doubled it)."""
+    """Times at which duplicates of it were received."""
     counted: list[str] = field(default_factory=list)
-    """What the receiver counted."""
+    """Counters that the receiver incremented for it."""
 
     @property
     def at(self) -> float:
-        """When it was sent, or (not seen) received."""
+        """Time of its sending, or of its reception if its sending was not traced."""
         when = self.sent_at if self.sent_at is not None else self.received_at
         assert when is not None
         return when
 
 
 def flights(traces: Sequence[Trace], qpns: frozenset[int]) -> list[Flight]:
-    """Every packet between the queue pairs `qpns`, in the order of sending, joined with its reception.
+    """Every packet between the queue pairs `qpns` in the order of sending, matched with its reception.
 
-    A frame is known at the other end by opcode, PSN and IPv4 identification (IPv6 has none: then the last one sent).
+    A packet is recognised by opcode, PSN and IPv4 identification; IPv6 has none, so there the last one sent matches.
     """
     found: list[Flight] = []
     waiting: dict[tuple[Any, ...], list[Flight]] = defaultdict(list)
@@ -112,7 +120,7 @@ def flights(traces: Sequence[Trace], qpns: frozenset[int]) -> list[Flight]:
             found.append(flight)
             waiting[line["remote_qpn"], *key].append(flight)
             continue
-        # (Both ends at one NIC are told apart by their numbers; two NICs may use the same number.)
+        # Two ends at one NIC differ in their QPNs, whereas two NICs may use the same QPN.
         candidates = [flight for flight in waiting[line["qpn"], *key] if flight.sender != index or len(qpns) == 2]
         open_ones = [flight for flight in candidates if flight.received_at is None]
         if open_ones:
@@ -123,12 +131,12 @@ def flights(traces: Sequence[Trace], qpns: frozenset[int]) -> list[Flight]:
             candidates[-1].copies.append(line["t"])
         else:
             found.append(Flight(line, None, index, received_at=line["t"], counted=line.get("counted", [])))
-    # Of one moment what was received comes before what was sent: that may be its answer.
+    # At the same time, receptions come before sendings, which may be their answers.
     return sorted(found, key=lambda flight: (flight.at, flight.sender is not None))
 
 
 def _merged(traces: Sequence[Trace], qpns: frozenset[int]) -> Iterator[tuple[int, Line]]:
-    """Packets of all traces by time; of one moment the sent ones first."""
+    """(index of the trace, line) of all packets by time; at the same time, sent ones come first."""
     every = [
         (line["t"], line["direction"] != "sent", index, line)
         for index, trace in enumerate(traces)
@@ -141,7 +149,7 @@ def _merged(traces: Sequence[Trace], qpns: frozenset[int]) -> Iterator[tuple[int
 
 
 def connection(traces: Sequence[Trace], qpn: int | None = None) -> frozenset[int]:
-    """The two QPNs of `qpn`'s connection (None: the busiest). Raises BadInput when there is none."""
+    """The two QPNs of `qpn`'s connection (None: of the busiest connection). Raises BadInput if there is none."""
     count: dict[frozenset[int], int] = defaultdict(int)
     for trace in traces:
         for line in trace.packets():
@@ -152,5 +160,5 @@ def connection(traces: Sequence[Trace], qpn: int | None = None) -> frozenset[int
     matching = [pair for pair in count if qpn is None or qpn in pair]
     if not matching:
         known = ", ".join(sorted({str(number) for pair in count for number in pair}))
-        raise BadInput(f"no packets of QPN {qpn}", hint=f"there are: {known}")
+        raise BadInput(f"no packets of QPN {qpn}", hint=f"QPNs in the traces: {known}")
     return max(matching, key=lambda pair: count[pair])

@@ -1,6 +1,6 @@
-"""Measured commands and runs, for benchmarks and experiments.
+"""Measuring commands and runs, for benchmarks and experiments.
 
-What lives here: commands run inside a lab (`bench`), and the numbers read from what they print (`numbers`).
+What lives here: running commands inside a lab (`bench`), and reading numbers from their output (`numbers`).
 
 May import: `testbed.base`, `testbed.record`, `testbed.topology`, `testbed.lab`, `testbed.run`.
 """

@@ -1,8 +1,8 @@
-"""Measured commands on the hosts of a running topology, one after another: what benchmarks and experiments share.
+"""Running measured commands on the hosts of a topology, one after another, for benchmarks and experiments.
 
-with_hosts(topology, measure)     brings a topology without applications up and calls `measure(Bench)`
-Bench.alone / Bench.pair          run a program, or a server and its client, and give back what was printed
-one_switch(...)                   topology data: hosts on one switch
+with_hosts(topology, measure)     starts a topology without applications and calls `measure(Bench)`
+Bench.alone / Bench.pair          run a program, or a server and its client, and return the output
+one_switch(...)                   topology data for hosts on one switch
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from testbed.run import runner
 from testbed.topology import parse, resolve
 
 POLL: Final = 0.05
-"""Seconds between two looks at whether a program has ended."""
+"""Seconds between two checks whether a program has ended."""
 
 
 class Bench:
-    """Runs programs on the hosts of a session. Not thread-safe: measurements must not overlap anyway."""
+    """Runs programs on the hosts of a session. Not thread-safe, as measurements must not overlap."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self._numbers = itertools.count(1)
 
     def alone(self, host: str, argv: Sequence[str], *, rdma: bool = False, timeout: float = 60.0) -> str:
-        """Standard output of a program that must end with 0. Raises RunFailed with its last words."""
+        """Run a program and return its standard output. Raises RunFailed with its last lines unless it exits with 0."""
         name = self._start(host, argv, rdma)
         return self._wait(host, name, argv, timeout)
 
@@ -47,9 +47,10 @@ class Bench:
         rdma: bool = True,
         timeout: float = 60.0,
     ) -> str:
-        """Start (host, argv) `server`, wait until it listens, run `client`; the client's standard output.
+        """Start `server`, wait until it listens, run `client`, and return the client's standard output.
 
-        The server may end by itself (perftest's do) or go on (iperf3 -s): it is ended with the client.
+        Each is (host, argv). A server that does not end by itself, such as iperf3 -s, is killed after the client ends.
+        Raises RunFailed as `alone` does, or if the server does not listen.
         """
         server_host, server_argv = server
         name = self._start(server_host, server_argv, rdma)
@@ -66,7 +67,7 @@ class Bench:
 
     def _start(self, host: str, argv: Sequence[str], rdma: bool) -> str:
         name = f"bench{next(self._numbers)}"
-        # Programs that poll must leave the CPU to NIC and switch (docs/agent.md); others need not yield.
+        # Programs that poll must yield the CPU to NIC and switch (docs/agent.md); others need not.
         policy = "idle" if rdma else "other"
         self.session.hosts[host].call("start_app", name=name, argv=list(argv), rdma=rdma, policy=policy)
         return name
@@ -85,7 +86,7 @@ class Bench:
         return printed
 
     def _grace(self, host: str, name: str) -> None:
-        """Half a second for a server that ends by itself."""
+        """Allow a server half a second to end by itself."""
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline and self.session.hosts[host].call("app_status", name=name)["ended"] is None:
             time.sleep(POLL)
@@ -95,12 +96,12 @@ class Bench:
         said = "".join(agent.call("read_log", name=name, stream=stream)["text"] for stream in ("stdout", "stderr"))
         last = [line for line in said.splitlines() if line.strip()][-3:]
         return RunFailed(
-            f"`{shlex.join(argv)}` {what}", where=host, hint="it said: " + " / ".join(last) if last else None
+            f"`{shlex.join(argv)}` {what}", where=host, hint="its last output: " + " / ".join(last) if last else None
         )
 
 
 def one_switch(name: str, hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Topology data: every host on one switch, jumbo frames, nothing limited."""
+    """Topology data with every host on one switch, jumbo frames and no limits."""
     return {
         "name": name,
         "hosts": {host: dict(options) for host, options in hosts.items()},
@@ -112,9 +113,9 @@ def one_switch(name: str, hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 def with_hosts(
     topology: Mapping[str, Any], measure: Callable[[Bench], None], *, results: Path | None = None
 ) -> Summary:
-    """Bring `topology` up (it should have no applications), call `measure`, take it down; the run's summary.
+    """Start `topology`, which should have no applications, call `measure`, remove it, and return the run's summary.
 
-    Raises, after the clean-up, EnvironmentProblem, Interrupted or RunFailed with the run's first problem.
+    After the clean-up, raises EnvironmentProblem, BadInput, Interrupted or RunFailed with the run's first problem.
     """
     resolved = resolve(parse(yaml.safe_dump(dict(topology), sort_keys=False)))
     options = runner.Options(root=results, meanwhile=lambda session: measure(Bench(session)))
@@ -124,14 +125,14 @@ def with_hosts(
     if not summary.ok:
         first = summary.problems[0] if summary.problems else None
         if first is None:
-            raise RunFailed("the run failed")
+            raise RunFailed("the run failed without a recorded problem")
         kind = {"environment": EnvironmentProblem, "input": BadInput}.get(first.blame, RunFailed)
         raise kind(first.error, where=first.where, hint=first.hint)
     return summary
 
 
 def script(main: Callable[[], int]) -> None:
-    """Run a benchmark's or experiment's `main`: errors by blame in place of tracebacks, exit codes as the verbs'."""
+    """Run the `main` of a benchmark or experiment, with the error messages and exit codes of the testbed's verbs."""
     try:
         code = main()
     except TestbedError as error:

@@ -1,6 +1,6 @@
-"""Single numbers out of what programs print, for benchmarks and experiments; on top of `testbed.lab.output`.
+"""Single numbers from the output of programs, for benchmarks and experiments; based on `testbed.lab.output`.
 
-Every reader raises `Unreadable` with the end of the output when the program did not print what it prints on success.
+Every function raises `Unreadable` with the end of the output if the program did not print what it prints on success.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from testbed.lab.output import Row, measured
 
 
 class Unreadable(RunFailed):
-    """A program's output does not hold what was looked for (it failed, or another version prints differently)."""
+    """A program's output lacks the expected result (it failed, or its version prints something else)."""
 
     def __init__(self, program: str, output: str) -> None:
         tail = "\n".join(output.strip().splitlines()[-8:]) or "(nothing)"
@@ -23,7 +23,7 @@ class Unreadable(RunFailed):
 
 
 def _last(argv: Sequence[str], output: str, *names: str) -> float:
-    """The first of `names` that the table's last row has."""
+    """The first of the columns `names` that the table's last row has."""
     rows: list[Row] = measured(list(argv), output)
     for name in names:
         if rows and name in rows[-1]:
@@ -32,20 +32,21 @@ def _last(argv: Sequence[str], output: str, *names: str) -> float:
 
 
 def bandwidth(argv: Sequence[str], output: str) -> float:
-    """Average Gbit/s (decimal) of a perftest bandwidth test's last row; it must have been given --report_gbits."""
+    """Average Gbit/s (decimal) in the last row of a perftest bandwidth test, which must be run with --report_gbits."""
     return _last(argv, output, "bandwidth_Gbit_per_s")
 
 
 def latency(argv: Sequence[str], output: str) -> float:
-    """Typical (median) microseconds of a perftest latency test's last row.
+    """Typical (median) latency in microseconds in the last row of a perftest latency test.
 
-    Half of a round trip for send and write, a whole one for read. With -D perftest prints a mean only: that, then.
+    It is half a round trip for send and write, a whole one for read. With -D perftest prints just a mean, which is
+    then returned.
     """
     return _last(argv, output, "t_typical_us", "t_avg_us")
 
 
 def iperf3(output: str) -> float:
-    """Gbit/s that the receiver got, from `iperf3 --json`."""
+    """Throughput at the receiver in Gbit/s, from `iperf3 --json`."""
     try:
         report = json.loads(output)
         return float(report["end"]["sum_received"]["bits_per_second"]) / 1e9
@@ -54,7 +55,7 @@ def iperf3(output: str) -> float:
 
 
 def ping(output: str) -> list[float]:
-    """Round trips in microseconds, in order."""
+    """Round-trip times in microseconds, in order."""
     found = [float(text) * 1000 for text in re.findall(r"\btime=([\d.]+) ms", output)]
     if not found:
         raise Unreadable("ping", output)

@@ -118,8 +118,8 @@ def test_a_migration_has_three_lifelines(moved: list[Trace]) -> None:
         if note.kind == "state":
             texts[note.column].append(note.text)
     assert "Stopped" in texts[1] and "gone" in texts[1]
-    assert texts[2][:2] == ["restored, Stopped", "runs again"]
-    assert "Paused" in texts[0] and any("goes on" in text for text in texts[0])
+    assert texts[2][:2] == ["restored, Stopped", "resumes"]
+    assert "Paused" in texts[0] and any("continues" in text for text in texts[0])
     assert {(span.column, span.kind) for span in found.spans} >= {(0, "paused"), (1, "stopped"), (2, "resuming")}
     assert found.waits  # the 10 ms of the move are cut short
 
@@ -127,7 +127,7 @@ def test_a_migration_has_three_lifelines(moved: list[Trace]) -> None:
 def test_one_trace_alone(lossy: list[Trace]) -> None:
     found = layout(lossy[:1])
     check(found)
-    assert found.columns == ["h1", "partner"]
+    assert found.columns == ["h1", "peer"]
     assert not any(arrow.lost for arrow in found.arrows)  # there is no trace of the other end
 
 

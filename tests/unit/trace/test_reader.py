@@ -22,8 +22,8 @@ START = '{"t":1.0,"event":"start","version":1}\n'
         ("hello\n", "line 1 is not JSON"),
         ('{"t":1.0,"event":"packet"}\n', "not a trace"),
         ('{"t":1.0,"event":"start","version":9}\n', "version 9"),
-        (START + "[1]\n", "line 2 is no line of a trace"),
-        (START + '{"event":"gone"}\n', "line 2 is no line of a trace"),
+        (START + "[1]\n", "line 2 is not a trace event"),
+        (START + '{"event":"gone"}\n', "line 2 is not a trace event"),
         (START + "{oh\n" + START, "line 2 is not JSON"),
     ],
 )
@@ -39,7 +39,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         read(tmp_path / "nothing.jsonl")
     binary = tmp_path / "binary.jsonl"
     binary.write_bytes(b"\xff\xfe")
-    with pytest.raises(BadInput, match="no text"):
+    with pytest.raises(BadInput, match="not a text file"):
         read(binary)
 
 
