@@ -1,9 +1,9 @@
-"""The testbed: a topology file in, an emulated RDMA network with running programs and migrations, a report out.
+"""The testbed: from a topology file it emulates an RDMA network, runs and migrates programs in it, and reports.
 
-Rooms, lowest first: `base`, `record`, `cleanup`, `topology`, `checkpoint`, `view`, `controller`, `agent`, `diagram`,
-`network`, `lab`, `migration`, `run`, `measure`, `cli`. The first lines of each say what lives there and what it may
-import; `tests/unit/test_layers.py` checks that. Of the NIC the testbed uses the management socket, the C parts and the
-names of the verbs; the NIC never imports the testbed.
+Packages, lowest first: `base`, `record`, `cleanup`, `topology`, `checkpoint`, `view`, `controller`, `agent`, `diagram`,
+`network`, `lab`, `migration`, `run`, `measure`, `cli`. The docstring of each says what lives there and what it may
+import; `tests/unit/test_layers.py` checks that. The testbed uses the NIC's management socket, its C parts and its names
+of verbs; the NIC never imports the testbed.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m testbed`: the command line. Turns errors by blame into their two lines and their exit code."""
+"""`python -m testbed`: the command line. Errors are printed as message and hint; their type gives the exit code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from testbed.base.errors import Exit, TestbedError
 
 
 def _use_own_environment() -> None:
-    """Start again in the checkout's virtual environment if this python lacks our dependencies.
+    """Restart in the checkout's virtual environment if this Python lacks our dependencies.
 
-    `sudo python3 -m testbed` loses the active environment (sudo resets PATH). The environment that `./bootstrap` made
-    stands beside the package, so it is found without the user's help.
+    `sudo python3 -m testbed` loses the active environment, because sudo resets PATH. The environment that `./bootstrap`
+    creates is next to the package, so it can be found automatically.
     """
     if find_spec("typer") is not None and find_spec("pydantic") is not None:
         return
@@ -25,13 +25,13 @@ def _use_own_environment() -> None:
     if python.exists() and Path(sys.prefix).resolve() != (root / ".venv").resolve():
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         os.execv(python, [str(python), "-m", "testbed", *sys.argv[1:]])
-    print(f"testbed: this python ({sys.executable}) lacks the testbed's dependencies", file=sys.stderr)
+    print(f"testbed: this Python ({sys.executable}) lacks the testbed's dependencies", file=sys.stderr)
     print("  hint: ./bootstrap installs them into .venv", file=sys.stderr)
     sys.exit(Exit.ENVIRONMENT)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    # SIGTERM and SIGHUP end a run as Ctrl-C does: in order, with everything removed.
+    # SIGTERM and SIGHUP end a run in the same way as Ctrl-C: everything is removed first.
     raise KeyboardInterrupt
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         print("testbed: interrupted", file=sys.stderr)
         sys.exit(Exit.INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output has gone (`testbed schema | head`); python would complain again while it exits.
+        # The reader of our output has exited (`testbed schema | head`); Python would report that again at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.OK)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""`testbed clean`: remove everything that killed runs left behind, and nothing else."""
+"""`testbed clean`: removes everything that killed runs left behind, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def clean(
-    run_ids: Annotated[list[str] | None, typer.Argument(metavar="[RUN…]", help="only these runs")] = None,
-    force: Annotated[bool, typer.Option("--force", help="end live runs too")] = False,
+    run_ids: Annotated[list[str] | None, typer.Argument(metavar="[RUN…]", help="clean only these runs")] = None,
+    force: Annotated[bool, typer.Option("--force", help="also end live runs")] = False,
 ) -> int:
-    """Remove what killed runs left. Processes, links, bridges, mounts, files; live runs are left alone."""
+    """Remove what killed runs left behind: processes, links, bridges, mounts and files. Live runs are left alone."""
     from testbed.base.errors import BadInput, EnvironmentProblem, Exit
     from testbed.cleanup import state
     from testbed.network import fixtures
@@ -24,9 +24,9 @@ def clean(
     runs = state.runs()
     for run_id in run_ids or []:
         if run_id not in {run.run_id for run in runs}:
-            raise BadInput("no such run", where=run_id, hint="testbed status lists them")
+            raise BadInput("no such run", where=run_id, hint="testbed status lists the runs")
     if runs and os.geteuid() != 0:
-        raise EnvironmentProblem("cannot remove what root has made", hint=f"sudo {sys.executable} -m testbed clean")
+        raise EnvironmentProblem("removing runs needs root", hint=f"sudo {sys.executable} -m testbed clean")
     chosen = [run for run in runs if not run_ids or run.run_id in run_ids]
     failed = [run.run_id for run in chosen if not _clean_one(run, force)]
     if os.geteuid() == 0:

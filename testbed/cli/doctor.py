@@ -1,4 +1,4 @@
-"""`testbed doctor`: what this machine can and cannot do."""
+"""`testbed doctor`: reports what this machine can and cannot do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 _STYLE = {"ok": "green", "limited": "yellow", "missing": "bold red", "unknown": "dim"}
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> int:
-    """Examine this machine. What works, what works in another way, what is missing, and what to do about it."""
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False) -> int:
+    """Examine this machine. Reports what works, what is limited, what is missing, and how to fix it."""
     import dataclasses
 
     from testbed.base.errors import Exit
@@ -43,6 +43,6 @@ def _print(findings: list[Finding]) -> None:
     console.print(table)
     missing = [finding.name for finding in findings if finding.verdict == "missing"]
     if missing:
-        console.print(f"\nThe main job cannot run here: {', '.join(missing)}.")
+        console.print(f"\nThe testbed cannot run here; missing: {', '.join(missing)}.")
     else:
-        console.print("\nThe main job can run here.")
+        console.print("\nThe testbed can run here.")

@@ -1,4 +1,4 @@
-"""The list of verbs, and typer's own errors in our words and exit codes."""
+"""The list of verbs, and the translation of typer's errors to our format and exit codes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from testbed.base.errors import BadInput, Exit
 from testbed.cli import clean, diagram, doctor, run, schema, status, trace, validate
 
 USAGE_ERROR: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
-"""UsageError of click, or of the copy of click in newer typers; typer itself exports only its subclass."""
+"""UsageError of click, or of the copy of click in newer versions of typer, which exports only a subclass of it."""
 
 _app = typer.Typer(
     name="testbed",
-    help="Move running RDMA programs between virtual hosts: transparent live migration on one machine.",
+    help="Transparent live migration of running RDMA programs between virtual hosts, on one machine.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -34,7 +34,7 @@ for _verb in (
 
 
 def app() -> Any:
-    """Run the command line; the exit code. Errors: BadInput for a wrong option, and what the verbs raise."""
+    """Run the command line and return the exit code. Raises BadInput for wrong options, and what the verbs raise."""
     if len(sys.argv) == 1:
         _app(["--help"], standalone_mode=False)
         return Exit.BAD_INPUT

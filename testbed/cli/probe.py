@@ -1,7 +1,7 @@
-"""What this machine can and cannot do, tried out rather than guessed. Leaves nothing behind: trials use `unshare`.
+"""Finding out what this machine can do by trying it. Nothing is left behind, because the trials use `unshare`.
 
-A finding is `ok`, `limited` (the testbed works in another way, and says so in its reports) or `missing` (the main job
-cannot run). Without root some trials cannot be made; they are `unknown`.
+A finding is `ok`, `limited` (the testbed uses a fallback, and says so in its reports), `missing` (the testbed cannot
+run) or `unknown` (the trial needs root).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Finding:
     name: str
     verdict: Verdict
     detail: str
-    """What was found, and what follows from it."""
+    """What was found, and its consequence."""
     hint: str | None = None
-    """What would improve it."""
+    """How to improve it."""
 
 
 BOOTSTRAP: Final = "./bootstrap installs it"
@@ -45,11 +45,11 @@ PROGRAMS: Final[dict[str, tuple[tuple[str, ...], bool]]] = {
     "packet decoder": (("tshark",), False),
     "TCP comparison": (("iperf3",), False),
 }
-"""What they are for → (programs, needed by the main job)."""
+"""Purpose → (programs, whether the testbed needs them)."""
 
 
 def examine() -> list[Finding]:
-    """All findings, in a stable order. Takes about a second."""
+    """Make all trials and return their findings in a stable order. Takes about a second."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         waiting = [pool.submit(_guarded, trial) for trial in TRIALS]
         findings = [finding for future in waiting for finding in future.result()]
@@ -57,15 +57,16 @@ def examine() -> list[Finding]:
 
 
 def _guarded(trial: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    # The docstring of a trial names it in the finding if the trial itself fails.
     try:
         return list(trial())
     except (OSError, subprocess.SubprocessError) as error:
         name = (trial.__doc__ or trial.__name__).rstrip(".")
-        return [Finding(name, "unknown", f"could not be tried: {error}")]
+        return [Finding(name, "unknown", f"the check failed: {error}")]
 
 
 def _try(*argv: str, timeout: float = 20.0) -> str | None:
-    """None if the command succeeds, else the last line that it wrote."""
+    """Run a command; returns None if it succeeds, else the last line of its output."""
     result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
     if result.returncode == 0:
         return None
@@ -74,7 +75,7 @@ def _try(*argv: str, timeout: float = 20.0) -> str | None:
 
 
 def _try_in_namespace(script: str) -> str | None:
-    """As `_try`, for a shell script in fresh network and mount namespaces."""
+    """Like `_try`, for a shell script in new network and mount namespaces."""
     return _try("unshare", "--net", "--mount", "sh", "-ec", script)
 
 
@@ -91,7 +92,7 @@ def _machine() -> Iterator[Finding]:
         yield Finding("root", "ok", "yes")
     else:
         yield Finding(
-            "root", "missing", "no: trials that need it were not made", f"sudo {sys.executable} -m testbed doctor"
+            "root", "missing", "no; checks that need root were skipped", f"sudo {sys.executable} -m testbed doctor"
         )
 
 
@@ -101,7 +102,7 @@ def _python() -> Iterator[Finding]:
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     version = f"{platform.python_version()} in {sys.prefix}"
     if absent:
-        yield Finding("python", "missing", f"{version}, without {', '.join(absent)}", BOOTSTRAP)
+        yield Finding("python", "missing", f"{version}, packages not found: {', '.join(absent)}", BOOTSTRAP)
     else:
         yield Finding("python", "ok", version)
     found = [name for name, package in framework.PACKAGES.items() if importlib.util.find_spec(package) is not None]
@@ -123,7 +124,7 @@ def _programs() -> Iterator[Finding]:
         if not absent:
             yield Finding(purpose, "ok", ", ".join(names))
         else:
-            yield Finding(purpose, "missing" if needed else "limited", f"without {', '.join(absent)}", BOOTSTRAP)
+            yield Finding(purpose, "missing" if needed else "limited", f"not found: {', '.join(absent)}", BOOTSTRAP)
 
 
 def _compiler() -> Iterator[Finding]:
@@ -142,7 +143,7 @@ def _switch() -> Iterator[Finding]:
         yield Finding("Open vSwitch", "missing", "not installed", BOOTSTRAP)
         return
     if not _root():
-        yield Finding("Open vSwitch", "unknown", "asking it needs root")
+        yield Finding("Open vSwitch", "unknown", "the check needs root")
         return
     problem = _try("ovs-vsctl", "--timeout=5", "show")
     if problem is not None:
@@ -159,12 +160,12 @@ def _switch() -> Iterator[Finding]:
 def _namespaces() -> Iterator[Finding]:
     """Namespaces and traffic control."""
     if not _root():
-        yield Finding("namespaces", "unknown", "trying them needs root")
+        yield Finding("namespaces", "unknown", "the check needs root")
         return
     problem = _try("unshare", "--net", "--mount", "--pid", "--fork", "true")
     if problem is not None:
         yield Finding(
-            "namespaces", "missing", problem, "run it where namespaces may be made (not in a plain container)"
+            "namespaces", "missing", problem, "run where namespaces can be created (not in an unprivileged container)"
         )
         return
     yield Finding("namespaces", "ok", "network, mount, pid")
@@ -179,7 +180,7 @@ def _namespaces() -> Iterator[Finding]:
         "htb", "ok" if problem is None else "limited", detail, None if problem is None else "modprobe sch_htb"
     )
     problem = _try_in_namespace(pair + "tc qdisc add dev va root netem delay 1ms")
-    detail = "delay and loss by the kernel" if problem is None else "absent: delay and loss come from the NIC's port"
+    detail = "delay and loss by the kernel" if problem is None else "none: delay and loss come from the NIC's port"
     hint = None if problem is None else "modprobe sch_netem, if the kernel has it"
     yield Finding("netem", "ok" if problem is None else "limited", detail, hint)
     firewall = "iptables -w -L -n || nft list ruleset"
@@ -187,7 +188,7 @@ def _namespaces() -> Iterator[Finding]:
     if problem is None:
         yield Finding("packet filter", "ok", "iptables or nftables")
     else:
-        detail = f"{problem}: CRIU cannot hold TCP connections back during a move"
+        detail = f"{problem}: CRIU cannot block TCP connections during a migration"
         yield Finding("packet filter", "limited", detail, "modprobe nf_tables")
 
 
@@ -214,7 +215,7 @@ def _realtime() -> Iterator[Finding]:
     """Real-time scheduling."""
     code = "import os; os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"
     problem = _try(sys.executable, "-I", "-S", "-c", code)
-    detail = "allowed" if problem is None else "refused: latencies will scatter more under load"
+    detail = "permitted" if problem is None else "not permitted: latencies vary more under load"
     yield Finding("real-time scheduling", "ok" if problem is None else "limited", detail)
 
 

@@ -1,4 +1,4 @@
-"""`testbed run TOPO`: the main job. Loads, shows live what happens, prints the report; `--repeat` adds statistics."""
+"""`testbed run TOPO`: runs a topology, shows its progress and prints the report; `--repeat` adds statistics."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 def run(
     topology: Annotated[Path, typer.Argument(metavar="TOPO", help="topology file, or the name of a shipped one")],
-    as_json: Annotated[bool, typer.Option("--json", help="print the summary alone, as JSON")] = False,
-    repeat: Annotated[int, typer.Option(min=1, help="run so often; report medians and 95 % intervals")] = 1,
-    results: Annotated[Path | None, typer.Option(help="folder for results (default: ./results)")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="in place of the topology's seed")] = None,
-    live: Annotated[bool, typer.Option("--live/--no-live", help="redraw a live view; else one line per event")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved topology and stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print only the summary, as JSON")] = False,
+    repeat: Annotated[int, typer.Option(min=1, help="number of runs; reports medians and 95 % intervals")] = 1,
+    results: Annotated[Path | None, typer.Option(help="folder for the results (default: ./results)")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="use this seed instead of the topology's")] = None,
+    live: Annotated[bool, typer.Option("--live/--no-live", help="show a live view, or one line per event")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved topology and exit")] = False,
 ) -> int:
-    """Run a topology. Builds the network, runs the programs, migrates them, checks and reports. Needs root."""
+    """Run a topology. Builds its network, runs and migrates its programs, checks them and reports. Needs root."""
     from testbed.topology import load, resolve
 
     resolved = resolve(load(topology))
@@ -69,7 +69,7 @@ def _once(resolved: ResolvedTopology, root: Path | None, seed: int | None, live:
 
 
 def _often(resolved: ResolvedTopology, root: Path | None, seed: int | None, live: bool, repeat: int) -> Summary:
-    """`repeat` runs in one folder; each gets a seed of its own, counted up from the first."""
+    """Run the topology `repeat` times, in one folder; each run's seed is one higher than the previous."""
     from testbed.record.folder import RunFolder, summarise_repeats
 
     first = resolved.seed if seed is None else seed

@@ -1,4 +1,4 @@
-"""`testbed schema [topology|summary]`: the published JSON schemas, for editors and scripts."""
+"""`testbed schema [topology|summary]`: prints the published JSON schemas, for editors and scripts."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import typer
 
 
 class Which(StrEnum):
-    """What there is a schema of."""
+    """The files that have a schema."""
 
     TOPOLOGY = "topology"
     SUMMARY = "summary"
 
 
 def schema(
-    which: Annotated[Which, typer.Argument(help="what to describe")] = Which.TOPOLOGY,
+    which: Annotated[Which, typer.Argument(help="kind of file that the schema describes")] = Which.TOPOLOGY,
     publish: Annotated[bool, typer.Option("--publish", hidden=True, help="rewrite the file in the package")] = False,
 ) -> int:
-    """Print a JSON schema. Of topology files, or of summary.json."""
+    """Print the JSON schema of topology files or of summary.json."""
     from testbed.record import summary
     from testbed.topology import schema as topology_schema
 

@@ -1,4 +1,4 @@
-"""`testbed status`: which runs are live on this machine, what their NICs do, and which runs left something."""
+"""`testbed status`: shows the live runs on this machine, the state of their NICs, and the remains of killed runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from testbed.cleanup.state import Run
 
 
-def status(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> int:
-    """Show runs and their NICs. Devices, programs, queue pairs, counters; killed runs that `testbed clean` removes."""
+def status(as_json: Annotated[bool, typer.Option("--json", help="print the runs as JSON")] = False) -> int:
+    """Show runs and their NICs. Lists programs, queue pairs, counters, and killed runs to remove with testbed clean."""
     from testbed.cleanup import state
 
     runs = state.runs(state.BASE)
@@ -35,7 +35,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
         for run in runs:
             typer.echo(_line(run))
         if not runs:
-            typer.echo("no runs: nothing of the testbed is on this machine")
+            typer.echo("no runs on this machine")
         elif nics:
             _print(nics)
         elif os.geteuid() == 0 and any(run.alive for run in runs):
@@ -48,12 +48,12 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 def _line(run: Run) -> str:
     kinds = Counter(entry["kind"].replace("_", " ") for entry in run.entries)
     things = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing recorded"
-    how = f"live (pid {run.owner_pid})" if run.alive else "killed: testbed clean removes it"
+    how = f"live (pid {run.owner_pid})" if run.alive else "killed (testbed clean removes it)"
     return f"{run.run_id}: {how}; {things}"
 
 
 def _nics(runs: list[Run]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Reports of all running NICs, and why some are missing. A NIC that ends meanwhile is no error of the verb."""
+    """Reports of all running NICs, and why some are missing. A NIC that ends meanwhile does not make the verb fail."""
     from testbed.base.errors import TestbedError
     from testbed.cleanup import state
     from testbed.lab import nics

@@ -1,4 +1,4 @@
-"""`testbed trace`: what the queue pairs of a running host do, as JSON lines."""
+"""`testbed trace`: records the behaviour of a running host's queue pairs as JSON lines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import typer
 
 def trace(
     host: Annotated[str, typer.Argument(help="host of a running topology")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="file (default: HOST.jsonl)")] = None,
-    run: Annotated[str | None, typer.Option("--run", help="run, when several have such a host")] = None,
-    qpn: Annotated[list[int] | None, typer.Option("--qpn", help="only this queue pair; may be repeated")] = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", min=0, help="end after this time")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="lines after which it ends by itself")] = 2_000_000,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write (default: HOST.jsonl)")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="run id, if several runs have this host")] = None,
+    qpn: Annotated[list[int] | None, typer.Option("--qpn", help="trace only this queue pair; may be repeated")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", min=0, help="stop after this many seconds")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="record at most this many lines")] = 2_000_000,
 ) -> int:
-    """Trace queue pairs of a running host. Ends after --seconds or on Ctrl-C; testbed diagram draws it."""
+    """Trace queue pairs of a running host. Stops after --seconds or on Ctrl-C; testbed diagram draws the trace."""
     from testbed.base.errors import Exit
     from testbed.lab import nics
 
@@ -28,10 +28,10 @@ def trace(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if seconds is None:
-            typer.echo(f"tracing {host} to {path}; Ctrl-C ends it", err=True)
+            typer.echo(f"tracing {host} to {path}; press Ctrl-C to stop", err=True)
         time.sleep(seconds if seconds is not None else 1e9)
     except KeyboardInterrupt:
-        pass  # the way to end it
+        pass  # The user has stopped the trace.
     lines = nic.call("trace_qp", file=None)["lines"]
     typer.echo(f"{path}: {lines} lines")
     return Exit.OK

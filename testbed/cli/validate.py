@@ -1,4 +1,4 @@
-"""`testbed validate FILE…`: every mistake of a topology at once. Needs no root."""
+"""`testbed validate FILE…`: reports every mistake in topology files at once. Does not need root."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="topology files, or names of shipped ones")],
     as_json: Annotated[bool, typer.Option("--json", help="print the problems as JSON, for editors")] = False,
 ) -> int:
-    """Check topology files. Says everything that is wrong with them, with place, reason and hint."""
+    """Check topology files. Reports every problem with its place, its reason and a hint. Does not need root."""
     from testbed import topology
     from testbed.base.errors import BadInput, Exit, TopologyError
 

@@ -137,5 +137,5 @@ def test_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from testbed.cli.main import _app
 
     monkeypatch.setattr(state, "BASE", tmp_path / "none")
-    assert CliRunner().invoke(_app, ["status"]).stdout == "no runs: nothing of the testbed is on this machine\n"
+    assert CliRunner().invoke(_app, ["status"]).stdout == "no runs on this machine\n"
     assert json.loads(CliRunner().invoke(_app, ["status", "--json"]).stdout) == []
