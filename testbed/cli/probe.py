@@ -174,11 +174,10 @@ def _namespaces() -> Iterator[Finding]:
     yield Finding("veth", "missing" if problem else "ok", problem or "MTU 9000, offloads can be switched off")
     problem = _try_in_namespace("mount -t tmpfs none /mnt")
     yield Finding("tmpfs mounts", "missing" if problem else "ok", problem or "inside a mount namespace")
-    problem = _try_in_namespace(pair + "tc qdisc add dev va root handle 1: htb")
-    detail = "bandwidth by htb" if problem is None else f"no htb ({problem}): bandwidth limits by the switch or refused"
-    yield Finding(
-        "htb", "ok" if problem is None else "limited", detail, None if problem is None else "modprobe sch_htb"
-    )
+    problem = _try_in_namespace(pair + "tc qdisc add dev va root tbf rate 1gbit burst 100kb limit 1mb")
+    detail = "bandwidth limits by the kernel" if problem is None else f"{problem}: links with bw cannot be built"
+    hint = None if problem is None else "modprobe sch_tbf, if the kernel has it"
+    yield Finding("token bucket", "ok" if problem is None else "limited", detail, hint)
     problem = _try_in_namespace(pair + "tc qdisc add dev va root netem delay 1ms")
     detail = "delay and loss by the kernel" if problem is None else "none: delay and loss come from the NIC's port"
     hint = None if problem is None else "modprobe sch_netem, if the kernel has it"
