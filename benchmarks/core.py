@@ -1,8 +1,9 @@
-"""CPU time of the protocol core per packet, without kernel, program or network: two engines, frames in memory.
+"""Measure the CPU time of the protocol core per packet, without kernel, program or network.
 
-`python benchmarks/core.py [--json] [--rounds N]` prints microseconds of CPU per packet at requester and responder, for
-1 MiB messages at MTU 4096 and for small ones. The ICRC and one copy of the payload at each end are in it; system calls
-are not. Each number is the best of N rounds: what disturbs a round only makes it slower.
+Two engines exchange frames in memory. `python benchmarks/core.py [--json] [--rounds N]` prints microseconds of CPU time
+per packet at requester and responder, for 1 MiB messages at MTU 4096 and for small ones. They include the ICRC and one
+copy of the payload at each end, but no system calls. Each number is the best of N rounds, because disturbances can only
+slow a round down.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ class Arena:
         self.clear()
 
     def clear(self) -> None:
+        """Discard the frames of the previous batch."""
         self.room = BATCH
         self.frames: list[memoryview] = []
 
     def add(self, path: WirePath, headers: bytes, payload: Buffer, pad: int) -> None:
+        """Build one frame into the next slot (`FrameSink.add`)."""
         out = self._slots[len(self.frames)]
         ip_id = path.ip_id
         path.ip_id = ip_id + 1 & 0xFFFF
@@ -47,7 +50,7 @@ class Arena:
 
 
 def one_round(opcode: WrOpcode, size: int, count: int) -> tuple[float, float]:
-    """Microseconds per data packet at (requester, responder)."""
+    """Transfer `count` messages; returns CPU microseconds per data packet at (requester, responder)."""
     here, there = end(Host(1), 17, 1 << 21), end(Host(2), 18, 1 << 21)
     connect(here, there, path_mtu=4096, timeout=20)
     if opcode == WrOpcode.SEND:
@@ -81,6 +84,7 @@ def one_round(opcode: WrOpcode, size: int, count: int) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Run all cases and print their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--rounds", type=int, default=5, help="rounds per case (default: %(default)s)")

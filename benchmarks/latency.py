@@ -1,9 +1,9 @@
-"""RDMA latency over the kernel's on the same path: `sudo .venv/bin/python benchmarks/latency.py [--json]`.
+"""Compare RDMA latency with that of ping on the same path: `sudo .venv/bin/python benchmarks/latency.py [--json]`.
 
-`ib_send_lat` (64 bytes, typical, which is half a round trip) over half of `ping`'s median round trip, both unmodified,
-between the same two virtual hosts through the same switch, in turn within one run. `ratio_to_ping` is the median of
-the pairs' ratios; less is better. `ib_send_lat` polls, as it does by default; `--events` measures it with completion
-events (-e).
+The typical latency of `ib_send_lat` (64 bytes, half a round trip) is divided by half of `ping`'s median round-trip
+time. Both programs are unmodified and run in turn within one run, between the same two virtual hosts through the same
+switch. `ratio_to_ping` is the median of the pairs' ratios; lower is better. By default `ib_send_lat` polls; `--events`
+measures it with completion events (-e).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEND = ["ib_send_lat", "-F", "-x", "1", "-s", "64"]
 
 
 def measure(bench: Bench, pairs: int, iterations: int, events: bool) -> dict[str, Any]:
-    """Alternate both programs; the numbers of each and the ratio."""
+    """Run both programs in turn; returns the numbers of each and their ratio."""
     rdma: list[float] = []
     half_pings: list[float] = []
     address = bench.session.topology.hosts["h2"].ip
@@ -44,11 +44,12 @@ def measure(bench: Bench, pairs: int, iterations: int, events: bool) -> dict[str
 
 
 def main() -> int:
+    """Run the benchmark and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print the result as JSON only")
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of measurements (default 5)")
-    parser.add_argument("--iterations", type=int, default=1000, help="messages of each measurement (default 1000)")
-    parser.add_argument("--events", action="store_true", help="ib_send_lat waits for completion events (-e)")
+    parser.add_argument("--json", action="store_true", help="print only the result, as JSON")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of measurements (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=1000, help="messages per measurement (default: %(default)s)")
+    parser.add_argument("--events", action="store_true", help="let ib_send_lat wait for completion events (-e)")
     options = parser.parse_args()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -63,9 +64,9 @@ def main() -> int:
         low, high = result["interval"]
         rows = zip(result["ib_send_lat_us"], result["half_ping_us"], strict=True)
         for number, (rdma, half) in enumerate(rows, start=1):
-            print(f"pair {number}: ib_send_lat {rdma:.1f} µs, half a ping {half:.1f} µs")
+            print(f"pair {number}: ib_send_lat {rdma:.1f} µs, half of ping's round trip {half:.1f} µs")
         interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-        print(f"ratio_to_ping {result['ratio_to_ping']:.2f}{interval} n={result['n']} (less is better)")
+        print(f"ratio_to_ping {result['ratio_to_ping']:.2f}{interval} n={result['n']} (lower is better)")
     return 0
 
 

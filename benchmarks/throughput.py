@@ -1,8 +1,9 @@
-"""RDMA throughput over TCP throughput on the same path: `sudo .venv/bin/python benchmarks/throughput.py [--json]`.
+"""Compare RDMA with TCP throughput on the same path: `sudo .venv/bin/python benchmarks/throughput.py [--json]`.
 
-`ib_write_bw` (1 MiB messages, MTU 4096, one queue pair) over `iperf3` (one TCP stream), both unmodified, between the
-same two virtual hosts through the same switch, in turn within one run. `ratio_to_iperf3` is the median of the pairs'
-ratios; more is better. TCP is the kernel's, with jumbo frames and without offloads on the veth, as every frame here.
+The throughput of `ib_write_bw` (1 MiB messages, MTU 4096, one queue pair) is divided by that of `iperf3` (one TCP
+stream). Both programs are unmodified and run in turn within one run, between the same two virtual hosts through the
+same switch. `ratio_to_iperf3` is the median of the pairs' ratios; higher is better. TCP is that of the kernel, with
+jumbo frames and, like all traffic of the testbed, without offloads on the veth.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ WRITE = ["ib_write_bw", "-F", "-x", "1", "-s", "1048576", "-m", "4096", "--repor
 
 
 def measure(bench: Bench, pairs: int, seconds: int) -> dict[str, Any]:
-    """Alternate both programs; the numbers of each and the ratio."""
+    """Run both programs in turn; returns the numbers of each and their ratio."""
     rdma: list[float] = []
     tcp: list[float] = []
     address = bench.session.topology.hosts["h2"].ip
@@ -44,10 +45,11 @@ def measure(bench: Bench, pairs: int, seconds: int) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Run the benchmark and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print the result as JSON only")
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of measurements (default 5)")
-    parser.add_argument("--seconds", type=int, default=3, help="length of each measurement (default 3)")
+    parser.add_argument("--json", action="store_true", help="print only the result, as JSON")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of measurements (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=3, help="seconds per measurement (default: %(default)s)")
     options = parser.parse_args()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +66,7 @@ def main() -> int:
         for number, (rdma, tcp) in enumerate(rows, start=1):
             print(f"pair {number}: ib_write_bw {rdma:.2f} Gbit/s, iperf3 {tcp:.2f} Gbit/s")
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-        print(f"ratio_to_iperf3 {result['ratio_to_iperf3']:.3f}{interval} n={result['n']} (more is better)")
+        print(f"ratio_to_iperf3 {result['ratio_to_iperf3']:.3f}{interval} n={result['n']} (higher is better)")
     return 0
 
 

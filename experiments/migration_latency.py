@@ -1,11 +1,11 @@
-"""How long a migration stops a program: `sudo .venv/bin/python experiments/migration_latency.py [--quick]`.
+"""Measure how long a migration stops a program: `sudo .venv/bin/python experiments/migration_latency.py [--quick]`.
 
-Real runs: the server of a running `ib_write_bw` moves to a third host, for several message sizes (one queue pair) and
-several numbers of queue pairs (4 KiB messages), each repeated. Measured are the blackout at the moved side (from
-freeze to thaw, since the target of RDMA WRITEs sees no completions), the longest gap between completions at its
-partner, and every phase. Written to results/migration_latency/<UTC>-<id>/: migration_latency.csv (every run),
-migration_latency.json (medians with 95 % intervals), message_size.png, queue_pairs.png, phases.png, and the complete
-folder of each run under runs/.
+In real runs, the server of a running `ib_write_bw` moves to a third host, for several message sizes (with one queue
+pair) and several numbers of queue pairs (with 4 KiB messages), several times each. Each run measures the blackout at
+the moved side (from freeze to thaw, because the target of RDMA WRITEs has no completions), the longest gap between
+completions at its peer, and every phase. The results are written to results/migration_latency/<UTC>-<id>/:
+migration_latency.csv (every run), migration_latency.json (medians with 95 % intervals), message_size.png,
+queue_pairs.png, phases.png, and the complete folder of each run under runs/.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ SIZES = (64, 4096, 65536, 1 << 20)
 QUEUE_PAIRS = (1, 4, 16, 64)
 QUICK_SIZES, QUICK_QUEUE_PAIRS = (4096, 1 << 20), (1, 16)
 SMALL = 4096
-"""Message size while the number of queue pairs changes."""
+"""Message size in bytes in the series over the number of queue pairs."""
 SECONDS, MOVE_AT = 8, "2s"
 
 
 @dataclass
 class Point:
-    """One configuration and what its runs gave."""
+    """One configuration and the summaries of its runs."""
 
     size: int
     qps: int
@@ -47,15 +47,16 @@ class Point:
 
     @property
     def label(self) -> str:
+        """The configuration as a label of two lines."""
         return f"{text.size(self.size).replace('.00', '')}\n{self.qps} QP" + ("s" if self.qps > 1 else "")
 
     def values(self, name: str) -> list[float]:
-        """A field of the runs' only migration, those that have it."""
+        """The values of a field of the runs' only migration; runs without a value are left out."""
         found = [getattr(run.migrations[0], name) for run in self.runs]
         return [float(value) for value in found if value is not None]
 
     def phases(self) -> dict[str, Estimate]:
-        """Phase → median and interval over the runs, ms."""
+        """Phase → median and interval over the runs in ms."""
         return {
             phase: estimate([run.migrations[0].phases_ms[phase] for run in self.runs])
             for phase in PHASES
@@ -64,8 +65,8 @@ class Point:
 
 
 def topology(point: Point) -> dict[str, Any]:
-    """Three hosts, one switch; the server of ib_write_bw moves from h2 to h3 in mid-traffic."""
-    # A short send queue: with many QPs, the default of 128 large messages each would measure the queue, not the move.
+    """Topology data with three hosts on one switch; the server of ib_write_bw moves from h2 to h3 under load."""
+    # With many QPs and the default send queue of 128 large messages each, the queues would dominate the measurement.
     depth = 16 if point.size * point.qps >= 1 << 20 else 64
     command = f"ib_write_bw -F -x 1 -s {point.size} -q {point.qps} -t {depth} -D {SECONDS}"
     return {
@@ -79,7 +80,7 @@ def topology(point: Point) -> dict[str, Any]:
 
 
 def run(point: Point, folder: Path, seed: int) -> Summary | None:
-    """One complete `testbed run`; None if the migration or the program failed (said on standard error)."""
+    """Do one complete `testbed run`; returns None if migration or program failed (reported on standard error)."""
     file = folder / "topologies" / f"size{point.size}-qps{point.qps}.yaml"
     file.parent.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump(topology(point), sort_keys=False))
@@ -91,23 +92,24 @@ def run(point: Point, folder: Path, seed: int) -> Summary | None:
     try:
         summary = Summary.model_validate_json(done.stdout)
     except ValueError:
-        print(f"no summary; the run ended with:\n{done.stderr[-1500:]}", file=sys.stderr)
+        print(f"the run wrote no summary; its last output:\n{done.stderr[-1500:]}", file=sys.stderr)
         return None
     if not summary.ok:
-        print(f"failed: {summary.folder}: {[problem.error for problem in summary.problems]}", file=sys.stderr)
+        reasons = "; ".join(problem.error for problem in summary.problems)
+        print(f"run failed: {summary.folder}: {reasons}", file=sys.stderr)
         return None
     return summary
 
 
 def points(quick: bool) -> Iterator[Point]:
-    """Sizes at one queue pair, then queue pairs at one size; the point that both share once."""
+    """All sizes with one queue pair, then all numbers of queue pairs with one size, without duplicates."""
     sizes, counts = (QUICK_SIZES, QUICK_QUEUE_PAIRS) if quick else (SIZES, QUEUE_PAIRS)
     yield from (Point(size, 1) for size in sizes)
     yield from (Point(SMALL, qps) for qps in counts if not (qps == 1 and SMALL in sizes))
 
 
 def write(folder: Path, measured: list[Point]) -> None:
-    """The data: every run as CSV, medians with intervals as JSON."""
+    """Write every run as CSV, and medians with intervals as JSON."""
     with (folder / "migration_latency.csv").open("w", newline="") as file:
         table = csv.writer(file)
         columns = ["blackout_ms", "partner_gap_ms", "image_bytes", "nic_image_bytes", "retransmissions"]
@@ -134,10 +136,10 @@ def write(folder: Path, measured: list[Point]) -> None:
 
 
 def draw(folder: Path, measured: list[Point]) -> list[Path]:
-    """The pictures, from the data alone."""
+    """Draw the plots and return their paths."""
     environment = measured[0].runs[0].environment
     note = f"Linux {environment.kernel}, {environment.cpus} CPUs, CRIU {environment.criu}"
-    both = {"moved side": "blackout_ms", "partner": "partner_gap_ms"}
+    both = {"moved side": "blackout_ms", "peer": "partner_gap_ms"}
 
     def series(chosen: list[Point], x: str) -> dict[str, dict[float, Estimate]]:
         return {
@@ -175,16 +177,17 @@ def draw(folder: Path, measured: list[Point]) -> list[Path]:
 
 
 def main() -> int:
+    """Run the experiment and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer points, 2 runs each: a look, no measurement")
-    parser.add_argument("--runs", type=int, help="runs per point (default 7, quick: 2)")
-    parser.add_argument("--results", type=Path, help="root of the results (default: ./results)")
+    parser.add_argument("--quick", action="store_true", help="fewer points and 2 runs each, for a first impression")
+    parser.add_argument("--runs", type=int, help="runs per point (default: 7, with --quick: 2)")
+    parser.add_argument("--results", type=Path, help="folder for the results (default: ./results)")
     options = parser.parse_args()
     repeats = options.runs or (2 if options.quick else 7)
     with RunFolder.create("migration_latency", seed=0, root=options.results) as folder:
         measured = list(points(options.quick))
         failed = 0
-        for number in range(repeats):  # round by round, so that slow drift of the machine meets every point alike
+        for number in range(repeats):  # Round by round, so that slow drift of the machine affects all points equally.
             for point in measured:
                 summary = run(point, folder.path, number)
                 if summary is None:
@@ -194,7 +197,7 @@ def main() -> int:
                 migration = summary.migrations[0]
                 print(
                     f"round {number + 1}/{repeats}  {point.label.replace(chr(10), ', '):20} blackout "
-                    f"{text.ms(migration.blackout_ms)} ms, partner {text.ms(migration.partner_gap_ms)} ms",
+                    f"{text.ms(migration.blackout_ms)} ms, peer {text.ms(migration.partner_gap_ms)} ms",
                     flush=True,
                 )
         measured = [point for point in measured if point.runs]
@@ -206,7 +209,7 @@ def main() -> int:
         for path in draw(folder.path, measured):
             print(path)
         if failed:
-            print(f"{failed} runs failed and are not in the data", file=sys.stderr)
+            print(f"{failed} run{'s' if failed > 1 else ''} failed and left out of the data", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,11 +1,12 @@
-"""What the migration extension costs while nothing migrates: `sudo .venv/bin/python experiments/overhead.py [--quick]`.
+"""Measure the overhead of the migration extension: `sudo .venv/bin/python experiments/overhead.py [--quick]`.
 
-Four hosts on one switch: h1 and h2 speak MigrOS, h3 and h4 are stock (`nic: {migros: false}`, byte for byte rxe). Each
-test runs on one pair and at once after it on the other, first on either in turn, so that slow drift of the machine
-cancels in the ratio. Written to results/overhead/<UTC>-<id>/: overhead.csv (every sample), overhead.json (medians,
-ratios with 95 % intervals), overhead.png, besides what each run keeps.
+Four hosts are on one switch: h1 and h2 support MigrOS, h3 and h4 are stock (`nic: {migros: false}`, byte for byte rxe).
+Each test runs on one pair and immediately afterwards on the other, starting with either in turn, so that slow drift of
+the machine cancels out in the ratio. Nothing migrates meanwhile. The results are written to
+results/overhead/<UTC>-<id>/: overhead.csv (every sample), overhead.json (medians, ratios with 95 % intervals),
+overhead.png, and the folders of the runs.
 
-The paper says: no overhead while nothing migrates. A ratio whose interval holds 1 agrees with that.
+According to the paper there is no overhead while nothing migrates. A ratio whose interval contains 1 agrees with that.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ class Test:
 
     @property
     def more_is_better(self) -> bool:
+        """Whether the test measures bandwidth rather than latency."""
         return self.read is bandwidth
 
 
 def tests(quick: bool) -> list[Test]:
-    """Latency by events, bandwidth of large and of small messages."""
+    """The tests: latency with completion events, and bandwidth of large and of small messages."""
     few, seconds = ("300", "1") if quick else ("1500", "3")
     common = ["-F", "-x", "1"]
     rate = [*common, "-D", seconds, "--report_gbits"]
@@ -56,14 +58,14 @@ def tests(quick: bool) -> list[Test]:
 
 
 def once(bench: Bench, test: Test, hosts: tuple[str, str]) -> float:
-    """One measurement between two hosts: client first, server second."""
+    """Make one measurement between two hosts (client, server)."""
     client, server = hosts
     address = bench.session.topology.hosts[server].ip
     return test.read(test.argv, bench.pair((server, test.argv), (client, [*test.argv, address])))
 
 
 def measure(bench: Bench, pairs: int, quick: bool, samples: dict[str, dict[str, list[float]]]) -> None:
-    """Fill test label → {"with": [...], "without": [...]}, pair by pair, the order turning."""
+    """Fill `samples` (test label → {"with": [...], "without": [...]}) pair by pair, in alternating order."""
     for number in range(pairs):
         for test in tests(quick):
             kept = samples.setdefault(test.label, {"with": [], "without": []})
@@ -76,7 +78,7 @@ def measure(bench: Bench, pairs: int, quick: bool, samples: dict[str, dict[str, 
 
 
 def write(folder: Path, samples: dict[str, dict[str, list[float]]], quick: bool) -> dict[str, Estimate]:
-    """The data as CSV and JSON; the ratios, with over without."""
+    """Write the data as CSV and JSON, and return the ratios (with the extension / without)."""
     chosen = {test.label: test for test in tests(quick)}
     found = {label: paired_ratio(kept["with"], kept["without"]) for label, kept in samples.items()}
     with (folder / "overhead.csv").open("w", newline="") as file:
@@ -101,10 +103,11 @@ def write(folder: Path, samples: dict[str, dict[str, list[float]]], quick: bool)
 
 
 def main() -> int:
+    """Run the experiment and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="3 pairs of one second each: a look, no measurement")
-    parser.add_argument("--pairs", type=int, help="pairs per test (default 11, quick: 3)")
-    parser.add_argument("--results", type=Path, help="root of the results (default: ./results)")
+    parser.add_argument("--quick", action="store_true", help="3 pairs of one second each, for a first impression")
+    parser.add_argument("--pairs", type=int, help="pairs per test (default: 11, with --quick: 3)")
+    parser.add_argument("--results", type=Path, help="folder for the results (default: ./results)")
     options = parser.parse_args()
     pairs = options.pairs or (3 if options.quick else 11)
     samples: dict[str, dict[str, list[float]]] = {}
@@ -120,9 +123,9 @@ def main() -> int:
         ratios(
             folder.path / "overhead.png",
             found,
-            title="The NIC with the migration extension over the NIC without it",
+            title="The NIC with the migration extension relative to the NIC without it",
             ylabel="with / without",
-            note=f"Linux {environment.kernel}, {environment.cpus} CPUs; latency: less is better, others: more",
+            note=f"Linux {environment.kernel}, {environment.cpus} CPUs; lower latency and higher bandwidth are better",
         )
     for label, ratio in found.items():
         print(f"{label.replace(chr(10), ' '):20} with/without {ratio.text()}")

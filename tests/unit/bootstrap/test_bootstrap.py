@@ -22,7 +22,7 @@ def test_scripts_parse_and_may_be_executed(script: str) -> None:
 def test_unknown_word_is_refused_before_anything_happens() -> None:
     result = subprocess.run([ROOT / "bootstrap", "tset"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "bootstrap: tset: unknown; allowed: (nothing), demo, test\n"
+    assert result.stderr == "bootstrap: unknown argument tset; allowed: (nothing), demo, test\n"
 
 
 def test_help_lists_the_calls() -> None:
