@@ -84,7 +84,7 @@ class Packet(NamedTuple):
     """Source IP address followed by the destination's (4 + 4 or 16 + 16 bytes)."""
     source_mac: bytes
     raw: memoryview
-    """The whole frame."""
+    """A view of the whole frame."""
 
     @property
     def source_ip(self) -> bytes:

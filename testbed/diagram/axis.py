@@ -14,7 +14,7 @@ class Point(NamedTuple):
     """A moment that needs a row."""
 
     when: float
-    """Time in seconds."""
+    """Time of the moment in seconds."""
     order: int
     """Order among points with the same time; a point with 2 or more keeps no distance from labels."""
     side: int

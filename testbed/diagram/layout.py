@@ -64,7 +64,7 @@ class Note:
     row: float = 0.0
 
     def put(self, row: float) -> None:
-        """Set the row."""
+        """Take the row that the axis assigns."""
         self.row = row
 
 

@@ -49,7 +49,7 @@ class PrivateHost(Host):  # type: ignore[misc]
         """Do nothing: `machine.check` has been called. Mininet's version ends the process if something is missing."""
 
     def mountPrivateDirs(self) -> None:
-        """Mount the tmpfs."""
+        """Mount the tmpfs in the host's mount namespace."""
         command("mount", "-t", "tmpfs", "-o", "mode=0755,nosuid", "migros", PRIVATE, pid=self.pid)
 
     def unmountPrivateDirs(self) -> None:
@@ -60,7 +60,7 @@ class Port(Intf):  # type: ignore[misc]
     """An interface that `network` configures, together with the host's others."""
 
     def config(self, **_: Any) -> dict[str, Any]:
-        """Do nothing."""
+        """Do nothing: `network` has its own commands for this."""
         return {}
 
 

@@ -100,7 +100,7 @@ class Nic(Section):
 
 
 class Host(Section):
-    """A virtual host."""
+    """A virtual host with one emulated RDMA NIC."""
 
     ip: IPv4 | None = None
     """The host's RoCE address (GID). Default: the next free address of `subnet`."""
@@ -116,7 +116,7 @@ class Link(Section):
     mtu: Annotated[int, Field(ge=576, le=9600)] = 9000
     """Largest IP packet in bytes."""
     delay: Duration = 0.0
-    """One-way delay."""
+    """One-way delay of every packet."""
     loss: Fraction = 0.0
 
     @model_validator(mode="before")
@@ -158,7 +158,7 @@ class Migration(Section):
 
     app: str
     to: str
-    """Destination host."""
+    """Host that the app moves to."""
     at: Moment
     """When to migrate: a time after the program's start (`2s`), or an amount of data sent and received (`64MiB`)."""
     address: Literal["keep", "change"] = "keep"

@@ -41,7 +41,7 @@ class ResolvedNic:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedHost:
-    """One virtual host."""
+    """One virtual host with all of its addresses and names."""
 
     name: str
     index: int
@@ -86,7 +86,7 @@ class ResolvedLink:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedApp:
-    """One program."""
+    """One program with its complete command line."""
 
     name: str
     host: str
