@@ -47,5 +47,5 @@ def _clean_one(run: Run, force: bool) -> bool:
     for removal in removals:
         typer.echo(f"{run.run_id}: {'removed ' if removal.problem is None else ''}{removal}")
     if not removals:
-        typer.echo(f"{run.run_id}: nothing was left")
+        typer.echo(f"{run.run_id}: nothing left to remove")
     return all(removal.problem is None for removal in removals)
