@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from testbed.base.errors import EnvironmentProblem, RunFailed
+from testbed.cleanup.child import Child
 from testbed.cleanup.state import RunState
 from testbed.controller.datapath import DATAPATHS, control_socket
 from testbed.controller.fabric import Fabric
@@ -36,8 +37,7 @@ class ControllerProcess:
         """Path of the northbound socket, which has mode 0600 and is removed with the run."""
         self.openflow_port = 0
         """TCP port on 127.0.0.1, chosen by the kernel; 0 before the controller listens."""
-        self._process: subprocess.Popen[str] | None = None
-        self._token = ""
+        self._child: Child | None = None
 
     def start(self) -> None:
         """Call `launch`, then `wait`."""
@@ -53,33 +53,28 @@ class ControllerProcess:
         if self.datapath is not None:
             command += ["--ovs-control", str(control_socket()), "--datapath", DATAPATHS[self.datapath]]
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--framework", self.framework],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,  # Ctrl-C is for the testbed, which then ends the controller last.
-                env={**os.environ, "PYTHONPATH": _python_path()},
-            )
-        self._token = self.state.record("process", pid=self._process.pid, role="controller")
+            environment = {**os.environ, "PYTHONPATH": _python_path()}
+            popen = {"stdout": subprocess.PIPE, "stderr": log, "text": True, "env": environment}
+            command += ["--framework", self.framework]
+            self._child = Child(self.state, command, popen=popen, role="controller")
 
     def wait(self) -> None:
         """Wait until it listens. Raises EnvironmentProblem if no framework is installed, RunFailed if it fails."""
-        assert self._process is not None and self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT)
-        line = self._process.stdout.readline() if ready else ""
+        assert self._child is not None
+        output = self._child.process.stdout
+        assert output is not None
+        ready, _, _ = select.select([output], [], [], START_TIMEOUT)
+        line = output.readline() if ready else ""
         if not line.startswith("ready "):
             self._fail(silent=not ready)
         self.openflow_port = int(json.loads(line.removeprefix("ready "))["openflow_port"])
 
     def _fail(self, silent: bool) -> None:
-        process = self._process
-        assert process is not None
+        assert self._child is not None
         if silent:
             self.stop()
             raise RunFailed(f"did not start within {START_TIMEOUT:g} s", where="controller", hint=f"see {self.log}")
-        code = process.wait()
+        code = self._child.process.wait()
         last = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
         self.stop()
         if code == 3:
@@ -88,25 +83,16 @@ class ControllerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process is running."""
-        return self._process is not None and self._process.poll() is None
+        """Whether the controller's process runs."""
+        return self._child is not None and self._child.alive
 
     def stop(self) -> None:
-        """End the controller; switches keep their flows. May be called again, and after a failed start."""
-        if self._process is None:
+        """End it. Switches keep their flows. It may be called again, and after a failed start."""
+        if self._child is None:
             return
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self.state.forget(self._token)
+        self._child.stop(STOP_TIMEOUT)
         self.socket.unlink(missing_ok=True)
-        self._process = None  # Last, so that after an interrupt all of this is done again.
+        self._child = None  # last: after an interrupt before this line, all of it is done again
 
 
 def _python_path() -> str:

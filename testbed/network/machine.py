@@ -28,6 +28,9 @@ TIMEOUT: Final = 60.0
 """Seconds that a single command may take."""
 
 
+_ABSENT: Final = ("kind is unknown", "Unknown qdisc", "No such file", "does not exist")
+
+
 class CommandFailed(EnvironmentProblem):
     """A command of the operating system failed; `stderr` is its error output."""
 
@@ -35,6 +38,14 @@ class CommandFailed(EnvironmentProblem):
         self.argv = list(argv)
         self.stderr = stderr.strip()
         super().__init__(f"`{' '.join(argv)}` failed: {self.stderr or 'no message'}", where="network", hint=hint)
+
+    @property
+    def absent_in_kernel(self) -> bool:
+        """Whether the kernel lacks the part that the command needs.
+
+        tc and ovs-dpctl share one exit code between this and other failures, so their words have to be read: only here.
+        """
+        return any(words in self.stderr for words in _ABSENT)
 
 
 def command(*argv: str, stdin: str | None = None, pid: int | None = None, timeout: float = TIMEOUT) -> str:
@@ -99,8 +110,9 @@ def kernel_datapath() -> tuple[bool, str]:
     try:
         command("ovs-dpctl", "dump-dps", timeout=10)
     except CommandFailed as error:
-        absent = "does not exist" in error.stderr or "No such file" in error.stderr
-        return False, "the kernel has no openvswitch module loaded" if absent else error.stderr.splitlines()[-1]
+        if error.absent_in_kernel:
+            return False, "the kernel has no openvswitch module loaded"
+        return False, error.stderr.splitlines()[-1]
     return True, ""
 
 

@@ -6,13 +6,13 @@ of the run, and clients get the servers' public key directly instead of through 
 
 from __future__ import annotations
 
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from testbed.base.errors import RunFailed
+from testbed.cleanup.child import Child
 from testbed.cleanup.state import RUN_VARIABLE, RunState
 from testbed.network.machine import command, program_path
 
@@ -92,8 +92,7 @@ class Server:
         self.directory = directory
         self.state = state
         self.log = log
-        self._process: subprocess.Popen[bytes] | None = None
-        self._token = ""
+        self._child: Child | None = None
 
     def start(self) -> None:
         """Start the server; `wait` then waits until it listens."""
@@ -102,21 +101,16 @@ class Server:
         # sshd must be started by its full path, because it executes itself again for each connection.
         sshd = program_path("sshd") or "/usr/sbin/sshd"
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                ["mnexec", "-a", str(self.pid), sshd, "-D", "-e", "-f", str(file)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self._token = self.state.record("process", pid=self._process.pid, role="sshd", host=self.host)
+            command = ["mnexec", "-a", str(self.pid), sshd, "-D", "-e", "-f", str(file)]
+            popen = {"stdout": log, "stderr": log}
+            self._child = Child(self.state, command, popen=popen, role="sshd", host=self.host)
 
     def wait(self) -> None:
         """Wait until the server listens. Raises RunFailed if it has ended or does not listen within START_TIMEOUT."""
-        assert self._process is not None
+        assert self._child is not None
         deadline = time.monotonic() + START_TIMEOUT
         while not self._listens():
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if not self._child.alive or time.monotonic() > deadline:
                 last = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
                 raise RunFailed(f"sshd did not start: {last[0]}", where=f"host {self.host}", hint=f"see {self.log}")
             time.sleep(0.01)
@@ -132,14 +126,6 @@ class Server:
 
     def stop(self) -> None:
         """End the listener; sessions end with the host. May be called again."""
-        if self._process is None:
-            return
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self.state.forget(self._token)
-        self._process = None  # Last, so that after an interrupt all of this is done again.
+        if self._child is not None:
+            self._child.stop(STOP_TIMEOUT)
+            self._child = None

@@ -143,7 +143,7 @@ def _from_pydantic(detail: ErrorDetails) -> Problem:
     """Translate one pydantic error: what is allowed, and a similar name for an unknown key or value."""
     kind, path, context = detail["type"], _path(detail["loc"]), detail.get("ctx", {})
     value = None if kind == "missing" else show(detail["input"])
-    message, hint = detail["msg"], None
+    message, hint = detail["msg"], context.get("hint")
     if kind == "extra_forbidden":
         allowed = list(_section(detail["loc"][:-1]).model_fields)
         near = difflib.get_close_matches(str(detail["loc"][-1]), allowed, 1)
@@ -157,8 +157,6 @@ def _from_pydantic(detail: ErrorDetails) -> Problem:
         message, hint = f"invalid value; allowed: {allowed_values}", f"did you mean {near[0]}?" if near else None
     elif kind in _MESSAGES:
         message = _MESSAGES[kind].format(**context)
-    if "; hint: " in message:
-        message, hint = message.split("; hint: ", 1)
     return Problem(path, message, value, hint)
 
 

@@ -26,7 +26,7 @@ def duration(value: Any) -> float:
     if match:
         return float(match[1]) * _SECONDS[match[2]]
     raise PydanticCustomError(
-        "unit", "invalid duration; allowed: a number with ns, us, ms, s, min or h{hint}", _missing_unit(value)
+        "unit", "invalid duration; allowed: a number with ns, us, ms, s, min or h", _missing_unit(value)
     )
 
 
@@ -47,10 +47,10 @@ def fraction(value: Any) -> float:
         number = float(value)
     if 0 <= number < 1:
         return number
-    hint = f"; hint: did you mean {value}%?" if isinstance(value, int | float) and 1 <= value < 100 else ""
+    hint = f"did you mean {value}%?" if isinstance(value, int | float) and 1 <= value < 100 else None
     raise PydanticCustomError(
         "fraction",
-        "invalid fraction; allowed: at least 0 and below 1, or a percentage such as 0.1%{hint}",
+        "invalid fraction; allowed: at least 0 and below 1, or a percentage such as 0.1%",
         {"hint": hint},
     )
 
@@ -65,14 +65,14 @@ def moment(value: Any) -> float | int:
     raise PydanticCustomError(
         "unit",
         "invalid time or amount of data; allowed: a time after the program's start (2s, 500ms) or the data that it has "
-        "sent and received (64MiB){hint}",
+        "sent and received (64MiB)",
         _missing_unit(value),
     )
 
 
-def _missing_unit(value: Any) -> dict[str, str]:
+def _missing_unit(value: Any) -> dict[str, str | None]:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"hint": f"; hint: add a unit, for example {value}s" if number else ""}
+    return {"hint": f"add a unit, for example {value}s" if number else None}
 
 
 def _text(pattern: str, description: str) -> WithJsonSchema:

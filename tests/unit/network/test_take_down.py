@@ -19,6 +19,7 @@ import pytest
 
 from testbed.base.errors import RunFailed
 from testbed.cleanup import state
+from testbed.cleanup.child import Child
 from testbed.cleanup.state import RUN_VARIABLE, RunState
 from testbed.controller.process import ControllerProcess
 from testbed.network import Network, machine, ssh
@@ -166,8 +167,7 @@ def test_a_server_can_be_stopped_again(tmp_path: Path, monkeypatch: pytest.Monke
         if kind == "sshd"
         else ControllerProcess(Any, run, tmp_path / "log")  # type: ignore[arg-type]
     )
-    server._process = subprocess.Popen(["sleep", "600"])
-    server._token = run.record("process", pid=server._process.pid, role=kind)
+    server._child = Child(run, ["sleep", "600"], popen={}, role=kind)
     with pytest.raises(KeyboardInterrupt):
         server.stop()
     server.stop()
