@@ -37,7 +37,7 @@ from softroce_ext.device.regions import (
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import Engine
 from softroce_ext.transport.qp import QueuePair as TransportQueuePair
-from softroce_ext.transport.verbs import QpState
+from softroce_ext.transport.verbs import QpEvent, QpState
 from softroce_ext.wire.frame import Path
 
 PORT_ACTIVE, PORT_ERR, GID_CHANGE = 9, 10, 18
@@ -49,6 +49,9 @@ PACKETS_ON_THE_WAY: Final = 1024
 """Of all queue pairs of one NIC together; a port of the userspace Open vSwitch buffers about 1800 of 4 KiB."""
 MIN_WINDOW: Final = 16
 """A queue pair's least share of them."""
+
+_FATAL_EVENTS: Final = frozenset(map(int, (QpEvent.QP_FATAL, QpEvent.QP_REQ_ERR, QpEvent.QP_ACCESS_ERR)))
+"""Events of a queue pair that has gone to ERR."""
 
 
 class Adapter:
@@ -324,7 +327,7 @@ class Adapter:
         """transport.interfaces.EventSink."""
         qp = self.queue_pairs.get(qpn)
         if qp is not None:
-            if event <= 3:  # QP_FATAL, QP_REQ_ERR, QP_ACCESS_ERR: the queue pair is in ERR
+            if event in _FATAL_EVENTS:
                 qp.context.channel.may_post(qp.handle, True)
             if qp.context.post_async(qp.user_handle, event):
                 qp.async_events += 1

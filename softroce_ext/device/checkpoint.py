@@ -29,6 +29,7 @@ from softroce_ext.transport.answers import drop_reads
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.migros import address_changed
 from softroce_ext.transport.qp import QueuePair as TransportQueuePair
+from softroce_ext.transport.verbs import QpState
 from softroce_ext.wire.path import Path
 
 MakeChannel = Callable[[str, tuple[int, int], list[tuple[int, int]]], Any]
@@ -376,4 +377,4 @@ def _restore_qp(
     for group, lids in record.groups.items():
         adapter.groups.enter(qp, bytes.fromhex(group), set(lids))
     transport.stop()
-    channel.may_post(record.handle, qp_context.state >= 3)
+    channel.may_post(record.handle, qp_context.state >= QpState.RTS)

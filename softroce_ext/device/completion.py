@@ -8,7 +8,7 @@ from typing import Any
 from softroce_ext.device.barrier import full_barrier
 from softroce_ext.device.regions import ProtectionDomain
 from softroce_ext.device.shared import CompletionRing, EventFifo, ReceiveRing
-from softroce_ext.transport.interfaces import RecvWqe
+from softroce_ext.transport.interfaces import RecvWqe, WorkCompletion
 
 CQ_ERR = 0
 SRQ_ERR = 14
@@ -69,23 +69,12 @@ class CompletionQueue:
         self.comp_events = 0
         self.async_events = 0
 
-    def push(
-        self,
-        wr_id: int,
-        status: int,
-        opcode: int,
-        byte_len: int,
-        imm: int,
-        qp_num: int,
-        src_qp: int,
-        wc_flags: int,
-        solicited: bool,
-    ) -> bool:
+    def push(self, completion: WorkCompletion) -> bool:
         """HOT. Publish a completion; tell the program when it asked to be told. False: the queue was full.
 
         Each completion that is lost so is a CQ_ERR event.
         """
-        if not self.ring.push(wr_id, status, opcode, byte_len, imm, qp_num, src_qp, wc_flags):
+        if not self.ring.push(completion):
             if self.async_fifo.post(ASYNC_EVENT.pack(self.user_handle, CQ_ERR, 0)):
                 self.async_events += 1
             return False
@@ -93,7 +82,7 @@ class CompletionQueue:
         if channel is not None:
             full_barrier()  # the completion must be visible before we see whether an event was asked for
             notify = self._arms[self._arm_at] & 3
-            if notify and (notify == NOTIFY_NEXT or solicited or status):
+            if notify and (notify == NOTIFY_NEXT or completion.solicited or completion.status):
                 self._arms[self._arm_at] = ARM_EXISTS
                 if channel.fifo.post(COMP_EVENT.pack(self.user_handle)):
                     self.comp_events += 1

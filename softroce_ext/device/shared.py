@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from softroce_ext.transport.interfaces import RecvWqe, SendWqe
+from softroce_ext.transport.interfaces import RecvWqe, SendWqe, WorkCompletion
 
 
 class RingImage(NamedTuple):
@@ -66,17 +66,7 @@ class ReceiveRing(Ring, Protocol):
 class CompletionRing(Ring, Protocol):
     """The ring of a completion queue."""
 
-    def push(
-        self,
-        wr_id: int,
-        status: int,
-        opcode: int,
-        byte_len: int,
-        imm: int,
-        qp_num: int,
-        src_qp: int,
-        wc_flags: int,
-    ) -> bool:
+    def push(self, completion: WorkCompletion) -> bool:
         """Publish one completion; False when the ring is full."""
 
     def waiting(self) -> int:

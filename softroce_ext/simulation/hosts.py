@@ -8,7 +8,7 @@ from typing import Any
 
 from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import Engine, EngineConfig
-from softroce_ext.transport.interfaces import MemoryFault, ProtectionError, RecvWqe, SendWqe, Sge
+from softroce_ext.transport.interfaces import MemoryFault, ProtectionError, RecvWqe, SendWqe, Sge, WorkCompletion
 from softroce_ext.transport.qp import QueuePair
 from softroce_ext.transport.verbs import Access, QpType, SendFlag, WrOpcode
 from softroce_ext.wire.frame import MAX_FRAME, Buffer, Path, build, udp_source_port
@@ -153,8 +153,8 @@ class Cq:
         self.room = float("inf")
         """Completions that it holds."""
 
-    def push(self, *values: Any) -> bool:
-        wc = Wc(*values)
+    def push(self, completion: WorkCompletion) -> bool:
+        wc = Wc(*completion)
         if self.on_push:
             self.on_push(wc)
         if len(self.entries) >= self.room:

@@ -198,16 +198,16 @@ class QpTrace:
 
     def publish(self) -> None:
         """Engine.publish."""
-        for qp, _, wr_id, status, opcode, byte_len, imm, _, source, *_ in self._engine.completions:
-            qpn = qp.context.qpn
+        for entry in self._engine.completions:
+            qpn, completion = entry.queue_pair.context.qpn, entry.completion
             if self._wants(qpn):
-                side = "receive" if opcode >= WcOpcode.RECV else "send"
-                more = {"imm": imm} if imm else {}
+                side = "receive" if completion.opcode >= WcOpcode.RECV else "send"
+                more = {"imm": completion.imm} if completion.imm else {}
                 if side == "receive":
-                    more["source_qpn"] = source
+                    more["source_qpn"] = completion.src_qp
                 self._event(
-                    qpn, "completion", side=side, wr_id=wr_id, status=WcStatus(status).name,
-                    opcode=WcOpcode(opcode).name, byte_len=byte_len, **more,
+                    qpn, "completion", side=side, wr_id=completion.wr_id, status=WcStatus(completion.status).name,
+                    opcode=WcOpcode(completion.opcode).name, byte_len=completion.byte_len, **more,
                 )  # fmt: skip
         self._originals["publish"]()
 

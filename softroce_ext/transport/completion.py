@@ -6,8 +6,9 @@ end of a batch, after the batch's data have been flushed to memory.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from softroce_ext.transport.interfaces import CompletionQueue, WorkCompletion
 from softroce_ext.transport.verbs import READS, QpEvent, QpState, SendFlag, WcFlag, WcOpcode, WcStatus, WrOpcode
 
 if TYPE_CHECKING:
@@ -37,8 +38,23 @@ _FLUSHED = int(WcStatus.WR_FLUSH_ERR)
 _ERR = int(QpState.ERR)
 _SENDING = (int(QpState.RTS), int(QpState.SQD))
 
+_new: Any = tuple.__new__
+"""Makes a named tuple without the cost of its generated constructor, which would show once per message."""
+
 FLUSH_LIMIT = 1024
 """Work requests of one queue that one turn flushes."""
+
+
+class PendingCompletion(NamedTuple):
+    """A completion that waits until its batch's data are in memory."""
+
+    queue_pair: QueuePair
+    cq: CompletionQueue
+    completion: WorkCompletion
+    psn: int
+    """Of a received message: the PSN of its last packet."""
+    msn: int
+    """Of a received message: its MSN."""
 
 
 def settle(qp: QueuePair, now: float) -> None:
@@ -73,12 +89,14 @@ def retire_oldest(qp: QueuePair, now: float) -> None:
     _note_completion(qp, now)
     if wqe.flags & _SIGNALED or context.sq_sig_all:
         opcode = wqe.opcode
-        qp.engine.completions.append(
+        completion: WorkCompletion = _new(
+            WorkCompletion,
             (
-                qp, qp.send_cq, wqe.wr_id, 0, COMPLETION_OPCODE[opcode], 0 if opcode == _BIND_MW else wqe.length, 0,
-                context.qpn, 0, _IMM_FLAG if opcode in _WITH_IMM else 0, False, 0, 0,
-            )
+                wqe.wr_id, 0, COMPLETION_OPCODE[opcode], 0 if opcode == _BIND_MW else wqe.length, 0, context.qpn, 0,
+                _IMM_FLAG if opcode in _WITH_IMM else 0, False,
+            ),
         )  # fmt: skip
+        qp.engine.completions.append(_new(PendingCompletion, (qp, qp.send_cq, completion, 0, 0)))
 
 
 def complete_receive(
@@ -106,12 +124,16 @@ def complete_receive(
     context.completed_receives += 1
     qp.counters["rdma_recvs"] += 1
     _note_completion(qp, now)
-    qp.engine.completions.append(
+    completion: WorkCompletion = _new(
+        WorkCompletion,
         (
-            qp, qp.recv_cq, receive.wr_id, 0, opcode, byte_len, imm, context.qpn, source_qpn,
-            wc_flags | _GRH_FLAG, solicited, context.expected_psn, context.msn,
-        )
+            receive.wr_id, 0, opcode, byte_len, imm, context.qpn, source_qpn, wc_flags | _GRH_FLAG, solicited,
+        ),
     )  # fmt: skip
+    pending: PendingCompletion = _new(
+        PendingCompletion, (qp, qp.recv_cq, completion, context.expected_psn, context.msn)
+    )
+    qp.engine.completions.append(pending)
 
 
 def fail_oldest(qp: QueuePair, status: int) -> None:
@@ -189,16 +211,17 @@ def _flush_send(qp: QueuePair, wr_id: int, opcode: int, status: int) -> None:
     qp.send_queue.retire()
     if opcode in _SENDS:
         qp.counters["rdma_sends"] += 1  # rxe counts what came back, however
-    qp.engine.completions.append(
-        (
-            qp, qp.send_cq, wr_id, int(status), _FAILED, 0, 0, qp.context.qpn, 0, 0, True, 0, 0,
-        )
-    )  # fmt: skip
+    _push_failed(qp, qp.send_cq, wr_id, status)
 
 
 def _flush_receive(qp: QueuePair, wr_id: int, status: int) -> None:
     """A receive comes back with an error."""
-    qp.engine.completions.append((qp, qp.recv_cq, wr_id, int(status), _FAILED, 0, 0, qp.context.qpn, 0, 0, True, 0, 0))
+    _push_failed(qp, qp.recv_cq, wr_id, status)
+
+
+def _push_failed(qp: QueuePair, cq: CompletionQueue, wr_id: int, status: int) -> None:
+    completion = WorkCompletion(wr_id, int(status), _FAILED, 0, 0, qp.context.qpn, 0, 0, solicited=True)
+    qp.engine.completions.append(PendingCompletion(qp, cq, completion, 0, 0))
 
 
 def _note_completion(qp: QueuePair, now: float) -> None:

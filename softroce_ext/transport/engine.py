@@ -10,14 +10,14 @@ from typing import Protocol
 
 from softroce_ext.transport import in_order
 from softroce_ext.transport.answers import RequestFault, refuse, withdraw, withhold
-from softroce_ext.transport.completion import enter_error
+from softroce_ext.transport.completion import PendingCompletion, enter_error
 from softroce_ext.transport.datagram import DatagramQueuePair
 from softroce_ext.transport.gsi import Gsi
-from softroce_ext.transport.interfaces import CompletionQueue, Memory, MemoryFault
+from softroce_ext.transport.interfaces import Memory, MemoryFault
 from softroce_ext.transport.qp import QueuePair
 from softroce_ext.transport.timers import on_timer
 from softroce_ext.transport.unreliable import UnreliableQueuePair
-from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus
+from softroce_ext.transport.verbs import QpEvent, QpState, WcOpcode, WcStatus
 from softroce_ext.wire.frame import Buffer, Packet, Path, parse
 from softroce_ext.wire.headers import GSI_QPN, MULTICAST_QPN, NAK_REMOTE_OPERATIONAL
 
@@ -84,12 +84,9 @@ class EngineConfig:
     """Seconds after which an unanswered RESUME makes the queue pair fail (QP_FATAL)."""
 
 
-Completion = tuple[QueuePair, CompletionQueue, int, int, int, int, int, int, int, int, bool, int, int]
-"""A completion that waits for the end of the batch: its queue pair, its CQ, the arguments of `push`; of a message that
-came, the PSN of its last packet and its MSN."""
-
-_RECEIVE_OPCODES = 0x80
-_READ_AND_ATOMICS = frozenset({2, 3, 4})
+_RECEIVE_OPCODES = int(WcOpcode.RECV)
+"""Opcodes of completions from here on are of receives."""
+_READ_AND_ATOMICS = frozenset(map(int, (WcOpcode.RDMA_READ, WcOpcode.COMP_SWAP, WcOpcode.FETCH_ADD)))
 
 
 class Engine:
@@ -125,7 +122,7 @@ class Engine:
         """Those packets."""
         self.written: dict[int, tuple[Memory, dict[QueuePair, bool]]] = {}
         """Memories with unflushed writes, by identity; whose they are, and whether a responder's are among them."""
-        self.completions: list[Completion] = []
+        self.completions: list[PendingCompletion] = []
         self._timers: list[tuple[float, int]] = []
 
     def add_qp(self, qp: QueuePair) -> None:
@@ -148,7 +145,7 @@ class Engine:
             qp.touched = False
             self.touched.remove(qp)
         in_order.forget(qp)
-        self.completions = [entry for entry in self.completions if entry[0] is not qp]
+        self.completions = [entry for entry in self.completions if entry.queue_pair is not qp]
 
     def receive(self, frame: memoryview, now: float) -> None:
         """HOT. Take one received Ethernet frame; never raises for what is in it.
@@ -268,10 +265,10 @@ class Engine:
         """Push the completions that were held back until memory was flushed."""
         while self.completions:
             completions, self.completions = self.completions, []
-            for qp, cq, wr_id, status, opcode, byte_len, imm, qpn, src_qp, flags, solicited, psn, msn in completions:
+            for qp, cq, completion, psn, msn in completions:
                 if (
-                    not cq.push(wr_id, status, opcode, byte_len, imm, qpn, src_qp, flags, solicited)
-                    and opcode >= _RECEIVE_OPCODES
+                    not cq.push(completion)
+                    and completion.opcode >= _RECEIVE_OPCODES
                     and qp.context.state != QpState.ERR
                 ):
                     # The message has come and its completion is lost (IBA 11.6.3.4; as rxe): its sender must not be
@@ -294,14 +291,15 @@ class Engine:
         failed: set[bool] = set()
         completions, self.completions = self.completions, []
         for entry in completions:
-            if entry[0] is qp and entry[3] == 0:
-                received = entry[4] >= _RECEIVE_OPCODES
+            completion = entry.completion
+            if entry.queue_pair is qp and completion.status == WcStatus.SUCCESS:
+                received = completion.opcode >= _RECEIVE_OPCODES
                 if received in failed:
-                    entry = (*entry[:3], int(WcStatus.WR_FLUSH_ERR), *entry[4:])
-                elif received or entry[4] in _READ_AND_ATOMICS:
+                    completion = completion._replace(status=int(WcStatus.WR_FLUSH_ERR))
+                elif received or completion.opcode in _READ_AND_ATOMICS:
                     failed.add(received)
-                    entry = (*entry[:3], int(WcStatus.LOC_PROT_ERR), *entry[4:])
-            self.completions.append(entry)
+                    completion = completion._replace(status=int(WcStatus.LOC_PROT_ERR))
+            self.completions.append(entry._replace(completion=completion))
         if as_responder:
             withdraw(qp)
             refuse(qp, qp.batch_psn, RequestFault(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_PROT_ERR, QpEvent.QP_FATAL))

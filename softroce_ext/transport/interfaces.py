@@ -100,22 +100,30 @@ class ReceiveQueue(Protocol):
         """Give the oldest fetched receive's slot back to the application."""
 
 
-class CompletionQueue(Protocol):
-    """Where work completions go. `push` publishes one ib_uverbs_wc (kernel header rdma/ib_user_verbs.h)."""
+class WorkCompletion(NamedTuple):
+    """A work completion: the fields of struct ib_uverbs_wc (kernel header rdma/ib_user_verbs.h) that this NIC fills in.
 
-    def push(
-        self,
-        wr_id: int,
-        status: int,
-        opcode: int,
-        byte_len: int,
-        imm: int,
-        qp_num: int,
-        src_qp: int,
-        wc_flags: int,
-        solicited: bool,
-    ) -> bool:
-        """False when the queue is full and the completion is lost."""
+    status, opcode and wc_flags are numbers of `verbs.WcStatus`, `verbs.WcOpcode` and `verbs.WcFlag`; imm is the
+    immediate data as they were sent, or the rkey that was invalidated.
+    """
+
+    wr_id: int
+    status: int
+    opcode: int
+    byte_len: int
+    imm: int
+    qp_num: int
+    src_qp: int
+    wc_flags: int
+    solicited: bool
+    """The peer asked for a solicited event, or the completion is an error: no part of the kernel's structure."""
+
+
+class CompletionQueue(Protocol):
+    """Where work completions go."""
+
+    def push(self, completion: WorkCompletion) -> bool:
+        """Publish a completion. False when the queue is full and the completion is lost."""
 
 
 class ProtectionDomain(Protocol):

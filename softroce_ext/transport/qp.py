@@ -229,7 +229,7 @@ class QueuePair:
         counters = self.counters
         flags = FLAGS[packet.opcode]
         path = context.path
-        if packet.opcode >= 0x20 or context.state not in migros.CONNECTED or path is None:
+        if packet.opcode >= op.UC or context.state not in migros.CONNECTED or path is None:
             counters["refused_state"] += 1
             return
         if packet.first_word & 0x7FFF != PKEY_PARTITION:

@@ -41,7 +41,7 @@ class WrOpcode(IntEnum):
     SEND_WITH_INV = 9
 
 
-READS = frozenset({4, 5, 6})
+READS = frozenset(map(int, (WrOpcode.RDMA_READ, WrOpcode.ATOMIC_CMP_AND_SWP, WrOpcode.ATOMIC_FETCH_AND_ADD)))
 """Requests (WrOpcode) that are answered by data and count against max_rd_atomic: READ and the atomics."""
 
 

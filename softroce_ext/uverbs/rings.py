@@ -17,7 +17,8 @@ from struct import Struct
 from typing import Final
 
 from softroce_ext.device.shared import RingImage
-from softroce_ext.transport.interfaces import RecvWqe, SendWqe, Sge
+from softroce_ext.transport.interfaces import RecvWqe, SendWqe, Sge, WorkCompletion
+from softroce_ext.transport.verbs import SendFlag, WrOpcode
 
 HEADER: Final = 384
 """Bytes before the first element: sizes @0, producer index @128, consumer index @256."""
@@ -39,11 +40,19 @@ _CQE = Struct("<QIIIIIIIIHHBBBB")
 """struct ib_uverbs_wc."""
 
 _MW = Struct("<QIIII")
-_WR_ATOMIC = (5, 6)
-_WR_BIND_MW: Final = 8
+_ATOMICS: Final = frozenset({int(WrOpcode.ATOMIC_CMP_AND_SWP), int(WrOpcode.ATOMIC_FETCH_AND_ADD)})
+_BIND_MW: Final = int(WrOpcode.BIND_MW)
+_CARRY_DATA: Final = frozenset(
+    int(opcode)
+    for opcode in (
+        WrOpcode.RDMA_WRITE, WrOpcode.RDMA_WRITE_WITH_IMM, WrOpcode.SEND, WrOpcode.SEND_WITH_IMM,
+        WrOpcode.SEND_WITH_INV,
+    )
+)  # fmt: skip
+"""Requests whose data may be inline: those that carry any from the program."""
 BAD_OPCODE: Final = 255
 """What `fetch` gives for an element that makes no sense; the requester completes it as LOC_QP_OP_ERR."""
-_INLINE: Final = 8
+_INLINE: Final = int(SendFlag.INLINE)
 _UD_AT: Final = 24
 _UD = Struct("<IIH2xI")
 """The union of a datagram: remote_qpn 24, remote_qkey 28, pkey_index 32, ah_num 36."""
@@ -201,19 +210,19 @@ class SendRing(_WorkRing):
         if self.datagrams:
             remote_qpn, qkey, _, ah_number = _UD.unpack_from(ring, at + _UD_AT)
             destination = ah_number, remote_qpn, qkey
-        if flags & _INLINE and opcode < 10 and opcode not in (4, 5, 6, 7, 8):
+        if flags & _INLINE and opcode in _CARRY_DATA:
             if length > self.max_inline:
                 return SendWqe(wr_id, BAD_OPCODE, flags, 0, 0, (), None, 0, 0, 0, 0, None)
             data = bytes(ring[at + SEND_WQE : at + SEND_WQE + length])
             return SendWqe(wr_id, opcode, flags, imm, length, (), data, remote, second & 0xFFFFFFFF, 0, 0, destination)
         if count > self.max_sge:
             return SendWqe(wr_id, BAD_OPCODE, flags, 0, 0, (), None, 0, 0, 0, 0, None)
-        if opcode == _WR_BIND_MW:
+        if opcode == _BIND_MW:
             # address 24, length 32, region's lkey 40, window's key 44, key to be 48, access 52
             size, lkey, window, key, access = _MW.unpack_from(ring, at + 32)
             return SendWqe(wr_id, opcode, flags, imm, size, (), None, remote, key, lkey, window << 32 | access, None)
         sges, length = self._sges(at + SEND_WQE, count)
-        if opcode in _WR_ATOMIC:
+        if opcode in _ATOMICS:
             return SendWqe(wr_id, opcode, flags, imm, length, sges, None, remote, atomic_rkey, second, swap, None)
         return SendWqe(wr_id, opcode, flags, imm, length, sges, None, remote, second & 0xFFFFFFFF, 0, 0, destination)
 
@@ -277,22 +286,13 @@ class CompletionRing(Ring):
         super().__init__(area, offset, slots, MIN_ELEMENT, free, fresh)
         self._producer = 0
 
-    def push(
-        self,
-        wr_id: int,
-        status: int,
-        opcode: int,
-        byte_len: int,
-        imm: int,
-        qp_num: int,
-        src_qp: int,
-        wc_flags: int,
-    ) -> bool:
+    def push(self, completion: WorkCompletion) -> bool:
         """HOT. Publish one completion (vendor_err 0, port 1); False when the ring is full."""
         producer = self._producer
         following = (producer + 1) & self.mask
         if following == self._index[_CONSUMER] & self.mask:
             return False
+        wr_id, status, opcode, byte_len, imm, qp_num, src_qp, wc_flags, _ = completion
         _CQE.pack_into(
             self._map,
             HEADER + (producer << 6),

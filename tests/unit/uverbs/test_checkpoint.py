@@ -22,7 +22,7 @@ from softroce_ext.device.context import AddressHandle, Context
 from softroce_ext.device.errors import ImageError
 from softroce_ext.device.regions import MemoryRegion, ProtectionDomain
 from softroce_ext.transport.context import Acknowledge, ReadAnswer, ResponderResource
-from softroce_ext.transport.interfaces import ProtectionError, SendWqe
+from softroce_ext.transport.interfaces import ProtectionError, SendWqe, WorkCompletion
 from softroce_ext.transport.verbs import Access, QpState, WrOpcode
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import FileChannel
@@ -59,7 +59,7 @@ def full(program: Program) -> Program:
     context = program.context
     program.call(Command.REQ_NOTIFY_CQ, struct.pack("<II", cq, 0))
     for number in range(3):
-        context.objects[cq].push(number, 0, 1, 2, 3, 4, 5, 6, False)
+        context.objects[cq].push(WorkCompletion(number, 0, 1, 2, 3, 4, 5, 6, False))
     ring = context.objects[qp].send_ring
     os.pwrite(program.queues, struct.pack("<I", 5), ring.offset + 128)
     ring.fetch()

@@ -19,6 +19,7 @@ import pytest
 from softroce_ext.device import completion
 from softroce_ext.device.errors import VerbsError
 from softroce_ext.native import build
+from softroce_ext.transport.interfaces import WorkCompletion
 from softroce_ext.uverbs import channel
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import LAYOUT_VERSION
@@ -96,8 +97,8 @@ def test_unread_events_do_not_count_as_reported(program: Program) -> None:
     program.call(Command.DESTROY_QP, struct.pack("<II", made["qp"], 0), 4)
     for _ in range(3):
         program.call(Command.REQ_NOTIFY_CQ, struct.pack("<II", made["cq"], 0))
-        cq.push(1, 0, 0, 0, 0, 0, 0, 0, False)
-        cq.push(1, 0, 0, 0, 0, 0, 0, 0, False)  # not armed: no event
+        cq.push(WorkCompletion(1, 0, 0, 0, 0, 0, 0, 0, False))
+        cq.push(WorkCompletion(1, 0, 0, 0, 0, 0, 0, 0, False))  # not armed: no event
     assert os.read(program.channel, 8) == struct.pack("<Q", 0xC0)
     reported = program.call(Command.DESTROY_CQ, struct.pack("<II", made["cq"], 0), 8)
     assert struct.unpack("<II", reported) == (1, 0)
@@ -110,10 +111,10 @@ def test_solicited_notification(program: Program) -> None:
     made = program.objects()
     cq = program.context.objects[made["cq"]]
     program.call(Command.REQ_NOTIFY_CQ, struct.pack("<II", made["cq"], 1))
-    cq.push(1, 0, 0, 0, 0, 0, 0, 0, False)
+    cq.push(WorkCompletion(1, 0, 0, 0, 0, 0, 0, 0, False))
     with pytest.raises(BlockingIOError):
         os.read(program.channel, 8)
-    cq.push(1, 0, 0, 0, 0, 0, 0, 0, True)
+    cq.push(WorkCompletion(1, 0, 0, 0, 0, 0, 0, 0, True))
     assert len(os.read(program.channel, 64)) == 8
 
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softroce_ext.native import build
-from softroce_ext.transport.interfaces import Sge
+from softroce_ext.transport.interfaces import Sge, WorkCompletion
 from softroce_ext.uverbs import abi, rings
 from softroce_ext.uverbs.rings import CompletionRing, ReceiveRing, SendRing
 
@@ -144,7 +144,7 @@ def test_scribbled_queues_stay_inside(noise: int, count: int) -> None:
             wqe, taken = send.fetch(), receive.fetch()
             assert wqe is None or len(wqe.sges) <= 2
             assert taken is None or len(taken.sges) <= 2
-            completion.push(1, 0, 0, 0, 0, 0, 0, 0)
+            completion.push(WorkCompletion(1, 0, 0, 0, 0, 0, 0, 0, False))
             send.retire()
             receive.retire()
             assert send.posted() <= send.mask and 0 <= completion.waiting() <= completion.mask
@@ -161,7 +161,7 @@ def test_completions_are_taken_once_in_order_and_overflow_is_seen(steps: list[bo
         waiting: list[int] = []
         for number, push in enumerate(steps):
             if push:
-                assert ring.push(number, 0, 1, 2, 3, 4, 5, 6) == (len(waiting) < ring.capacity)
+                assert ring.push(WorkCompletion(number, 0, 1, 2, 3, 4, 5, 6, False)) == (len(waiting) < ring.capacity)
                 if len(waiting) < ring.capacity:
                     waiting.append(number)
             elif waiting:
