@@ -34,9 +34,10 @@ from softroce_ext.device.regions import (
     check_access,
     check_range,
 )
-from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import Engine
-from softroce_ext.transport.qp import QueuePair as TransportQueuePair
+from softroce_ext.transport.services import make_queue_pair
+from softroce_ext.transport.state.attributes import Attributes
+from softroce_ext.transport.state.queue_pair import QueuePairState
 from softroce_ext.transport.verbs import QpEvent, QpState
 from softroce_ext.wire.frame import Path
 
@@ -258,14 +259,13 @@ class Adapter:
             wanted.max_recv_sge if receive_ring is not None else 0,
             send_ring.max_inline,
         )
-        transport = TransportQueuePair(
-            QpContext(qpn=qpn, sq_sig_all=sq_sig_all, srq=srq is not None, qp_type=kind),
+        transport = make_queue_pair(
+            QueuePairState(Attributes(qpn, kind, sq_sig_all, srq is not None)),
             send_ring,
             srq or receive_ring or NoReceiveQueue(),
             send_cq,
             recv_cq,
             pd,
-            None,
             self,
         )
         qp = QueuePair(
@@ -284,7 +284,7 @@ class Adapter:
 
     def _count_sender(self, qp: QueuePair, there: bool = True) -> None:
         """Note whether a queue pair may send; what may be on the way is shared by those that may."""
-        if there and qp.transport.context.state >= QpState.RTS:
+        if there and qp.transport.attributes.state >= QpState.RTS:
             self._sending.add(qp.qpn)
         else:
             self._sending.discard(qp.qpn)
@@ -301,7 +301,7 @@ class Adapter:
             qp.transport.modify(attributes)
         except ValueError as error:  # InvalidTransition is one
             raise VerbsError(errno.EINVAL, str(error)) from None
-        state = qp.transport.context.state
+        state = qp.transport.attributes.state
         self._count_sender(qp)
         if attributes.get("qp_state") == QpState.RESET:
             qp.reset_rings()

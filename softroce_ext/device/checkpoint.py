@@ -21,14 +21,12 @@ from softroce_ext.device.completion import (
 )
 from softroce_ext.device.context import AddressHandle, Context
 from softroce_ext.device.errors import ImageError
-from softroce_ext.device.image_checks import check_context, check_image
+from softroce_ext.device.image_checks import check_image, check_shape, check_state
 from softroce_ext.device.memory import ProcessMemory
 from softroce_ext.device.queue_pair import QPT_RC, QPT_UC, QPT_UD, Capabilities, Destination, QueuePair
 from softroce_ext.device.regions import KEY_BITS, MemoryRegion, MemoryWindow, ProtectionDomain
-from softroce_ext.transport.answers import drop_reads
-from softroce_ext.transport.context import QpContext
-from softroce_ext.transport.migros import address_changed
-from softroce_ext.transport.qp import QueuePair as TransportQueuePair
+from softroce_ext.transport.services import make_queue_pair
+from softroce_ext.transport.state.queue_pair import QueuePairState
 from softroce_ext.transport.verbs import QpState
 from softroce_ext.wire.path import Path
 
@@ -144,7 +142,7 @@ def _dump_qp(qp: QueuePair, rings: im.RingSection) -> im.QpRecord:
         receive_ring=rings.add(qp.receive_ring.dump()) if qp.receive_ring is not None else None,
         async_events=qp.async_events,
         groups={group.hex(): sorted(lids) for group, lids in qp.groups.items()},
-        context=qp.transport.context.to_plain(),
+        state=qp.transport.state.to_plain(),
     )
 
 
@@ -157,10 +155,11 @@ def check(adapter: Adapter, image: im.Image) -> None:
             if key >> KEY_BITS in adapter.keys:
                 raise ImageError(f"context {record.id}: the key {key:#x} is taken here; number bases must differ")
         for qp in record.qps:
-            if not isinstance(qp.context.get("qpn"), int):
-                raise ImageError(f"context {record.id}: QPN {qp.context.get('qpn')!r} is no number")
-            if qp.context["qpn"] in adapter.queue_pairs:
-                raise ImageError(f"context {record.id}: QPN {qp.context.get('qpn')} is taken here (number bases?)")
+            qpn = im.qpn_of(qp)
+            if not isinstance(qpn, int):
+                raise ImageError(f"context {record.id}: QPN {qpn!r} is no number")
+            if qpn in adapter.queue_pairs:
+                raise ImageError(f"context {record.id}: QPN {qpn} is taken here (number bases?)")
 
 
 def restore(
@@ -301,21 +300,6 @@ def _pd(objects: dict[int, Any], handle: int) -> ProtectionDomain:
     return pd
 
 
-def _check_qp_context(plain: dict[str, Any]) -> None:
-    """Raise ImageError when a field of a queue pair's context is missing or of another kind than it should be."""
-    for name, default in QpContext(0).to_plain().items():
-        where = f"queue pair {plain.get('qpn')}: context.{name}"
-        if name not in plain:
-            raise ImageError(f"{where} is missing")
-        value = plain[name]
-        if default is None or value is None:
-            number = value is None or isinstance(value, (int, float))
-            if not (number or name in ("path", "recv_wqe")):
-                raise ImageError(f"{where} is {value!r}, expected a number or null")
-        elif type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            raise ImageError(f"{where} is {value!r}, expected {type(default).__name__}")
-
-
 def _restore_qp(
     adapter: Adapter,
     context: Context,
@@ -332,19 +316,17 @@ def _restore_qp(
     if srq is not None and srq.__class__ is not SharedReceiveQueue:
         raise ImageError(f"queue pair {record.handle}: its shared receive queue is something else")
     capabilities = Capabilities(*record.capabilities)
-    _check_qp_context(record.context)
-    qp_context = QpContext.from_plain(record.context)
-    if qp_context.qp_type != QPT_RC:
-        qp_context.answers.clear()  # an earlier version kept one that nobody would get
-    check_context(qp_context)
-    drop_reads(qp_context)  # the program's memory cannot be read before it runs
-    if qp_context.qp_type != record.kind or record.kind not in (QPT_RC, QPT_UC, QPT_UD):
-        raise ImageError(f"queue pair {record.handle}: type {record.kind}, in its context {qp_context.qp_type}")
-    if qp_context.path is not None:
-        before = qp_context.path.source_ip
-        qp_context.path = moved(adapter, qp_context.path, addresses)
-        if qp_context.path.source_ip != before:
-            address_changed(qp_context)
+    check_shape(record.state)
+    state = QueuePairState.from_plain(record.state)
+    attributes = state.attributes
+    if attributes.qp_type != QPT_RC:
+        state.receiver.drop_answers()  # an earlier version kept one that could not be sent
+    check_state(state)
+    state.receiver.drop_reads()  # the program's memory cannot be read before it runs
+    if attributes.qp_type != record.kind or record.kind not in (QPT_RC, QPT_UC, QPT_UD):
+        raise ImageError(f"queue pair {record.handle}: type {record.kind}, in its state {attributes.qp_type}")
+    if attributes.path is not None:
+        state.move_to(moved(adapter, attributes.path, addresses))
     send_ring = channel.restore_send_ring(
         rings.take(record.send_ring), capabilities.max_send_sge, capabilities.max_inline_data
     )
@@ -355,7 +337,7 @@ def _restore_qp(
     receive_queue = srq if srq is not None else receive_ring
     if receive_queue is None:
         raise ImageError(f"queue pair {record.handle}: neither a receive queue nor an SRQ")
-    transport = TransportQueuePair(qp_context, send_ring, receive_queue, send_cq, recv_cq, pd, None, adapter)
+    transport = make_queue_pair(state, send_ring, receive_queue, send_cq, recv_cq, pd, adapter)
     qp = QueuePair(
         context,
         record.user_handle,
@@ -377,4 +359,4 @@ def _restore_qp(
     for group, lids in record.groups.items():
         adapter.groups.enter(qp, bytes.fromhex(group), set(lids))
     transport.stop()
-    channel.may_post(record.handle, qp_context.state >= QpState.RTS)
+    channel.may_post(record.handle, attributes.state >= QpState.RTS)

@@ -122,26 +122,28 @@ class Context:
 
 def queue_pair_summary(qp: QueuePair) -> dict[str, Any]:
     """Plain data of one queue pair for the management socket."""
-    c = qp.transport.context
-    path = c.path
+    transport = qp.transport
+    attributes, movement = transport.attributes, transport.movement
+    sender, receiver, statistics = transport.sender, transport.receiver, transport.statistics
+    path = attributes.path
     return {
-        "qpn": c.qpn,
+        "qpn": attributes.qpn,
         "handle": qp.handle,
-        "state": c.state,
-        "remote_qpn": c.destination_qpn,
+        "state": attributes.state,
+        "remote_qpn": attributes.destination_qpn,
         "local_ip": address_text(path.source_ip) if path is not None else None,
         "remote_ip": address_text(path.destination_ip) if path is not None else None,
-        "path_mtu": c.path_mtu,
-        "send_psn": c.send_psn,
-        "expected_psn": c.expected_psn,
-        "migros": c.peer_migros,
-        "stopped": c.stopped,
-        "paused": c.paused,
-        "resume_pending": c.resume_pending,
-        "type": c.qp_type,
-        "una_psn": c.una_psn,
-        "inflight": len(c.inflight),
-        "completed_sends": c.completed_sends,
-        "completed_receives": c.completed_receives,
-        "retransmits": c.retransmits,
+        "path_mtu": attributes.path_mtu,
+        "send_psn": sender.send_psn,
+        "expected_psn": receiver.expected_psn,
+        "migros": movement.peer_migros,
+        "stopped": movement.stopped,
+        "paused": movement.paused,
+        "resume_pending": movement.resume_pending,
+        "type": attributes.qp_type,
+        "una_psn": sender.una_psn,
+        "inflight": len(sender.inflight),
+        "completed_sends": statistics.completed_sends,
+        "completed_receives": statistics.completed_receives,
+        "retransmits": statistics.retransmits,
     }

@@ -24,7 +24,7 @@ except ImportError:  # the standard library's does the same, slower
     from zlib import compress
 
 MAGIC: Final = b"MIGROS NIC IMAGE 1\n"
-VERSION: Final = 3
+VERSION: Final = 4
 _LENGTHS = struct.Struct("<QQ")
 _CRC = struct.Struct("<I")
 MAX_IMAGE: Final = 1 << 31
@@ -131,8 +131,14 @@ class QpRecord(Record):
     async_events: int = Field(ge=0)
     groups: dict[str, list[int]]
     """Its multicast groups: GID in hexadecimal, and the LIDs that it joined with."""
-    context: dict[str, Any]
-    """transport.context.QpContext.to_plain."""
+    state: dict[str, Any]
+    """transport.state.queue_pair.QueuePairState.to_plain."""
+
+
+def qpn_of(record: QpRecord) -> Any:
+    """The QPN in a queue pair's state, whatever else is there in its place; None when there is none."""
+    attributes = record.state.get("attributes")
+    return attributes.get("qpn") if isinstance(attributes, dict) else None
 
 
 class ContextRecord(Record):

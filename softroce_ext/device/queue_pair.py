@@ -10,7 +10,7 @@ from softroce_ext.device.completion import CompletionQueue, SharedReceiveQueue
 from softroce_ext.device.regions import ProtectionDomain
 from softroce_ext.device.shared import ReceiveRing, SendRing
 from softroce_ext.transport.interfaces import RecvWqe
-from softroce_ext.transport.qp import QueuePair as TransportQueuePair
+from softroce_ext.transport.queue_pair import QueuePair as TransportQueuePair
 
 if TYPE_CHECKING:
     from softroce_ext.device.context import Context
@@ -85,7 +85,7 @@ class NoReceiveQueue:
 
 
 class QueuePair:
-    """One queue pair of one context. Its states and PSNs are in `transport.context`."""
+    """One queue pair of one context. Its protocol state is in `transport.state`."""
 
     __slots__ = (
         "alternate",
@@ -141,7 +141,7 @@ class QueuePair:
     @property
     def qpn(self) -> int:
         """The queue pair's number on the wire."""
-        return self.transport.context.qpn
+        return self.transport.attributes.qpn
 
     def users(self, step: int) -> None:
         """Count this queue pair in (+1) or out (−1) of everything it refers to."""

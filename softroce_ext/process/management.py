@@ -125,7 +125,7 @@ class Management:
         reset = _argument(arguments, "reset", bool, False)
         contexts = []
         for context in self._nic.adapter.contexts.values():
-            qps = [(qp.qpn, qp.transport.context) for qp in context.queue_pairs]
+            qps = [(qp.qpn, qp.transport.statistics) for qp in context.queue_pairs]
             rows = [
                 {"qpn": qpn, "last": c.gap_last, "longest": c.gap_longest, "longest_end": c.gap_longest_end}
                 for qpn, c in qps
@@ -367,7 +367,7 @@ class Management:
                     }
                 )
                 return True
-            rows = [{"qpn": qp.qpn, "acked_at": qp.transport.context.resume_acked_at} for qp in qps]
+            rows = [{"qpn": qp.qpn, "acked_at": qp.transport.movement.resume_acked_at} for qp in qps]
             respond({"ok": True, "started": started, "settled": time.monotonic(), "qps": rows})
             return True
 

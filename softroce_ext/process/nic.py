@@ -228,7 +228,7 @@ class Nic:
         context.held = False
         handles = []
         for qp in context.queue_pairs:
-            path = qp.transport.context.path
+            path = qp.transport.attributes.path
             if path is not None:
                 here = path.source_ip in self.port.own or (source is not None and len(source) != len(path.source_ip))
                 path = path.replace(source_mac=self.port.mac, source_ip=None if here else source)

@@ -70,7 +70,7 @@ class Side:
     @property
     def done(self) -> bool:
         """Nothing more is to be waited for."""
-        return self.end.context.state == QpState.ERR or self.completed == len(self.signalled)
+        return self.end.attributes.state == QpState.ERR or self.completed == len(self.signalled)
 
     @property
     def signalled(self) -> list[Message]:

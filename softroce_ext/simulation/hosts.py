@@ -6,10 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import Engine, EngineConfig
 from softroce_ext.transport.interfaces import MemoryFault, ProtectionError, RecvWqe, SendWqe, Sge, WorkCompletion
-from softroce_ext.transport.qp import QueuePair
+from softroce_ext.transport.queue_pair import QueuePair
+from softroce_ext.transport.services import make_queue_pair
+from softroce_ext.transport.state.attributes import Attributes
+from softroce_ext.transport.state.movement import Movement
+from softroce_ext.transport.state.queue_pair import QueuePairState
+from softroce_ext.transport.state.receiver import Receiver
+from softroce_ext.transport.state.sender import Sender
+from softroce_ext.transport.state.statistics import Statistics
 from softroce_ext.transport.verbs import Access, QpType, SendFlag, WrOpcode
 from softroce_ext.wire.frame import MAX_FRAME, Buffer, Path, build, udp_source_port
 
@@ -224,8 +230,28 @@ class End:
     host: Host
 
     @property
-    def context(self) -> QpContext:
-        return self.qp.context
+    def state(self) -> QueuePairState:
+        return self.qp.state
+
+    @property
+    def attributes(self) -> Attributes:
+        return self.qp.attributes
+
+    @property
+    def sender(self) -> Sender:
+        return self.qp.sender
+
+    @property
+    def receiver(self) -> Receiver:
+        return self.qp.receiver
+
+    @property
+    def movement(self) -> Movement:
+        return self.qp.movement
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.qp.statistics
 
     def post(self, opcode: WrOpcode, wr_id: int, address: int = BASE, length: int = 0, **more: Any) -> None:
         """Post a send request of one element (or of `sges`) and ring the doorbell."""
@@ -299,13 +325,14 @@ def end(
     pd = Pd(ram)
     pd.regions[1] = Region(BASE, memory, ALL_ACCESS)
     sq, rq, scq, rcq, events = WorkQueue(), WorkQueue(), Cq(), Cq(), Events()
-    qp = QueuePair(QpContext(qpn, sq_sig_all, srq, int(kind)), sq, rq, scq, rcq, pd, None, events)
+    state = QueuePairState(Attributes(qpn, int(kind), sq_sig_all, srq))
+    qp = make_queue_pair(state, sq, rq, scq, rcq, pd, events)
     host.engine.add_qp(qp)
     return End(qp, ram, pd, sq, rq, scq, rcq, events, host)
 
 
 def path_between(a: End, b: End, ipv6: bool = False) -> Path:
-    qpns = a.context.qpn, b.context.qpn
+    qpns = a.attributes.qpn, b.attributes.qpn
     address = ip6 if ipv6 else ip
     here, there = a.host.number, b.host.number
     return Path(mac(here), mac(there), address(here), address(there), udp_source_port(0, *qpns))
@@ -328,5 +355,5 @@ def to_rts(here: End, path: Path, remote_qpn: int, **attributes: Any) -> None:
 
 def connect(a: End, b: End, psn_a: int = 0x123456, psn_b: int = 0xFFFFF0, **attributes: Any) -> None:
     """Connect two ends to each other."""
-    to_rts(a, path_between(a, b), b.context.qpn, sq_psn=psn_a, rq_psn=psn_b, **attributes)
-    to_rts(b, path_between(b, a), a.context.qpn, sq_psn=psn_b, rq_psn=psn_a, **attributes)
+    to_rts(a, path_between(a, b), b.attributes.qpn, sq_psn=psn_a, rq_psn=psn_b, **attributes)
+    to_rts(b, path_between(b, a), a.attributes.qpn, sq_psn=psn_b, rq_psn=psn_a, **attributes)

@@ -24,10 +24,10 @@ from softroce_ext.simulation.ends import CELL, CELLS, SLOT, SOURCE, Message, Sid
 from softroce_ext.simulation.hosts import Host, ip, mac, path_between, to_rts
 from softroce_ext.simulation.link import Link
 from softroce_ext.simulation.world import Stuck, World
-from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.interfaces import RecvWqe, Sge
-from softroce_ext.transport.qp import QueuePair
+from softroce_ext.transport.services import make_queue_pair
+from softroce_ext.transport.state.queue_pair import QueuePairState
 from softroce_ext.transport.verbs import QpState, QpType, SendFlag, WrOpcode
 from softroce_ext.wire.path import Path
 
@@ -133,7 +133,7 @@ class Schedule:
         return a, b
 
     def _to_rts(self, here: Side, there: Side, path: Path, psn: int, rq_psn: int) -> None:
-        modify, remote = here.end.qp.modify, there.end.context.qpn
+        modify, remote = here.end.qp.modify, there.end.attributes.qpn
         if self.kind == QpType.RC:
             retry = self.random.randint(0, 3) if self.finite else 7
             to_rts(
@@ -191,7 +191,7 @@ class Schedule:
         more = side.request(message)
         if self.kind == QpType.UD:
             assert side.peer is not None
-            more["destination"] = (1, side.peer.end.context.qpn, QKEY)
+            more["destination"] = (1, side.peer.end.attributes.qpn, QKEY)
         side.end.post(message.kind, message.index, flags=flags, **more)
 
     # -- migration -------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class Schedule:
     def _arrive(self, side: Side, rolled_back: bool, keep: bool) -> None:
         end = side.end
         self.migrations += 1
-        if end.context.state == QpState.ERR:
+        if end.attributes.state == QpState.ERR:
             return
         if rolled_back:
             end.qp.resume(None)
@@ -218,9 +218,9 @@ class Schedule:
         new.engine.port_mtu = MTU
         new.room = old.room
         self.world.hosts.append(new)
-        context = QpContext.from_plain(end.context.to_plain())
-        old.engine.remove_qp(context.qpn)
-        path = context.path
+        state = QueuePairState.from_plain(end.state.to_plain())
+        old.engine.remove_qp(state.attributes.qpn)
+        path = state.attributes.path
         assert path is not None
         if keep or self.ipv6:
             self.world.location[path.source_ip] = new
@@ -228,7 +228,7 @@ class Schedule:
         else:
             self.world.location[ip(3)] = new
             path = path.replace(source_mac=mac(3), source_ip=ip(3))
-        end.qp = QueuePair(context, end.sq, end.rq, end.scq, end.rcq, end.pd, None, end.events)
+        end.qp = make_queue_pair(state, end.sq, end.rq, end.scq, end.rcq, end.pd, end.events)
         end.host = new
         new.engine.add_qp(end.qp)
         end.qp.resume(path)

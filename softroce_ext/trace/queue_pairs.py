@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol
 
 from softroce_ext.trace.packets import describe
-from softroce_ext.transport.engine import Engine, FrameSink
-from softroce_ext.transport.interfaces import RecvWqe, SendWqe
-from softroce_ext.transport.qp import QueuePair
+from softroce_ext.transport.engine import Engine
+from softroce_ext.transport.interfaces import FrameSink, RecvWqe, SendWqe
+from softroce_ext.transport.queue_pair import QueuePair
 from softroce_ext.transport.verbs import QpState, QpType, SendFlag, WcOpcode, WcStatus, WrOpcode
 from softroce_ext.wire.frame import Buffer, Packet, Path, parse
 from softroce_ext.wire.headers import BTH, GSI_QPN, PSN_HALF, PSN_MASK
@@ -170,7 +170,7 @@ class QpTrace:
 
     def end_of_batch(self, now: float) -> None:
         """Engine.end_of_batch. Called without anything received when programs are held: then all may have changed."""
-        qpns = [qp.context.qpn for qp in self._engine.touched] or list(self._engine.qps)
+        qpns = [qp.attributes.qpn for qp in self._engine.touched] or list(self._engine.qps)
         self._originals["end_of_batch"](now)
         for qpn in qpns:
             self._look(qpn)
@@ -180,15 +180,15 @@ class QpTrace:
         due = [qp for qp in self._engine.qps.values() if qp.heap_at is not None and qp.heap_at <= now]
         for qp in due:
             kind = _timer_due(qp, now)
-            if kind is not None and self._wants(qp.context.qpn):
-                self._event(qp.context.qpn, "timer", timer=kind)
+            if kind is not None and self._wants(qp.attributes.qpn):
+                self._event(qp.attributes.qpn, "timer", timer=kind)
         self._originals["on_timer"](now)
         for qp in due:
-            self._look(qp.context.qpn)
+            self._look(qp.attributes.qpn)
 
     def frames_to_send(self, now: float, sink: FrameSink) -> int:
         """Engine.frames_to_send."""
-        ready = [qp.context.qpn for qp in self._engine.ready if isinstance(qp, QueuePair)]
+        ready = [qp.attributes.qpn for qp in self._engine.ready if isinstance(qp, QueuePair)]
         for qpn in ready:
             self._look(qpn)
         total: int = self._originals["frames_to_send"](now, _TracedSink(sink, self._sent))
@@ -199,7 +199,7 @@ class QpTrace:
     def publish(self) -> None:
         """Engine.publish."""
         for entry in self._engine.completions:
-            qpn, completion = entry.queue_pair.context.qpn, entry.completion
+            qpn, completion = entry.queue_pair.attributes.qpn, entry.completion
             if self._wants(qpn):
                 side = "receive" if completion.opcode >= WcOpcode.RECV else "send"
                 more = {"imm": completion.imm} if completion.imm else {}
@@ -239,7 +239,7 @@ class QpTrace:
         line["remote_qpn"] = line.pop("source_qpn", None)
         if line["remote_qpn"] is None:
             qp = self._engine.qps.get(qpn)
-            line["remote_qpn"] = qp.context.destination_qpn if qp is not None else None
+            line["remote_qpn"] = qp.attributes.destination_qpn if qp is not None else None
         line |= {"length": len(packet.payload), "remote_ip": self._address(packet.source_ip)}
         if len(packet.source_ip) == 4:
             line["ip_id"] = int.from_bytes(packet.raw[18:20])
@@ -256,9 +256,9 @@ class QpTrace:
             line["ip_id"] = path.ip_id  # this frame's: the real sink takes it
         qp = self._engine.qps.get(qpn)
         flags = FLAGS[headers[0]]
-        if qp is not None and qp.context.qp_type == QpType.RC and flags & _REQUEST and not flags & _RESUME:
+        if qp is not None and qp.attributes.qp_type == QpType.RC and flags & _REQUEST and not flags & _RESUME:
             # high_psn moves on after a queue pair's turn only: what it has not reached is new.
-            if (qp.context.high_psn - fields["psn"] - 1 & PSN_MASK) < PSN_HALF:
+            if (qp.sender.high_psn - fields["psn"] - 1 & PSN_MASK) < PSN_HALF:
                 line["retransmit"] = True
         self._write(line)
 
@@ -268,7 +268,7 @@ class QpTrace:
         if known is not None and known[0] is path:
             return known[1]
         for qpn, qp in self._engine.qps.items():
-            if qp.context.path is path and qp.context.destination_qpn == remote_qpn:
+            if qp.attributes.path is path and qp.attributes.destination_qpn == remote_qpn:
                 self._senders[id(path), remote_qpn] = path, qpn
                 return qpn
         return None
@@ -284,24 +284,29 @@ class QpTrace:
         qp = self._engine.qps.get(qpn)
         if qp is None or qpn == GSI_QPN or not self._wants(qpn):
             return
-        c = qp.context
-        now = (c.state, c.stopped, c.paused, c.resume_pending, c.rnr_deadline is not None, c.destination_qpn, c.path)
+        attributes, movement, rnr_wait = qp.attributes, qp.movement, qp.sender.rnr_deadline is not None
+        path = attributes.path
+        now = (
+            attributes.state, movement.stopped, movement.paused, movement.resume_pending, rnr_wait,
+            attributes.destination_qpn, path,
+        )  # fmt: skip
         before = self._seen.get(qpn)
         if now == before:
             return
         self._seen[qpn] = now
         ends = {}
-        if c.path is not None:
-            ends = {"local_ip": self._address(c.path.source_ip), "remote_ip": self._address(c.path.destination_ip)}
+        if path is not None:
+            ends = {"local_ip": self._address(path.source_ip), "remote_ip": self._address(path.destination_ip)}
         self._event(
-            qpn, "state", type=QpType(c.qp_type).name, state=QpState(c.state).name, stopped=c.stopped, paused=c.paused,
-            resuming=c.resume_pending, rnr_wait=c.rnr_deadline is not None, remote_qpn=c.destination_qpn, **ends,
+            qpn, "state", type=QpType(attributes.qp_type).name, state=QpState(attributes.state).name,
+            stopped=movement.stopped, paused=movement.paused, resuming=movement.resume_pending, rnr_wait=rnr_wait,
+            remote_qpn=attributes.destination_qpn, **ends,
         )  # fmt: skip
 
     # -- queues ----------------------------------------------------------------------------------------------------
 
     def _join(self, qp: QueuePair) -> None:
-        qpn = qp.context.qpn
+        qpn = qp.attributes.qpn
         if not self._wants(qpn):
             return
 
@@ -338,14 +343,13 @@ class QpTrace:
 
 def _timer_due(qp: QueuePair, now: float) -> str | None:
     """Which of a queue pair's timers acts now (in the order of `transport.timers.on_timer`); None: none of them."""
-    c = qp.context
-    if c.stopped:
+    if qp.movement.stopped:
         return None
     for waits, deadline, kind in (
-        (c.resume_pending, c.resume_deadline, "resume"),
-        (c.paused, c.pause_deadline, "pause"),
-        (c.rnr_deadline is not None, c.rnr_deadline, "rnr"),
-        (True, c.ack_deadline, "ack"),
+        (qp.movement.resume_pending, qp.movement.resume_deadline, "resume"),
+        (qp.movement.paused, qp.movement.pause_deadline, "pause"),
+        (qp.sender.rnr_deadline is not None, qp.sender.rnr_deadline, "rnr"),
+        (True, qp.sender.ack_deadline, "ack"),
     ):
         if waits:
             return kind if deadline is not None and deadline <= now else None

@@ -1,18 +1,40 @@
-"""How requests and receives come back to the application: completed, failed, or flushed (IBA 10.8.6, 11.4.2).
+"""The work queues of a queue pair, and how requests and receives come back: completed, failed, or flushed.
 
-A slot of a queue is given back before its completion is published, and completions are published by the engine at the
-end of a batch, after the batch's data have been flushed to memory.
+Source: IBA 10.8.6 and 11.4.2. A slot of a queue is given back before its completion is published, and completions are
+published by the engine at the end of a batch, after the batch's data have been flushed to memory.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from softroce_ext.transport.interfaces import CompletionQueue, WorkCompletion
-from softroce_ext.transport.verbs import READS, QpEvent, QpState, SendFlag, WcFlag, WcOpcode, WcStatus, WrOpcode
+from softroce_ext.transport.interfaces import (
+    CompletionQueue,
+    EventSink,
+    FrameSink,
+    Memory,
+    ProtectionDomain,
+    ReceiveQueue,
+    SendQueue,
+    Sge,
+    WorkCompletion,
+)
+from softroce_ext.transport.scatter import Segment, resolve
+from softroce_ext.transport.state.queue_pair import QueuePairState
+from softroce_ext.transport.verbs import (
+    Access,
+    QpEvent,
+    QpState,
+    SendFlag,
+    WcFlag,
+    WcOpcode,
+    WcStatus,
+    WrOpcode,
+)
 
 if TYPE_CHECKING:
-    from softroce_ext.transport.qp import QueuePair
+    from softroce_ext.transport.engine import Engine
 
 COMPLETION_OPCODE: dict[int, int] = {
     WrOpcode.RDMA_WRITE: int(WcOpcode.RDMA_WRITE),
@@ -32,11 +54,11 @@ _SENDS = frozenset({int(WrOpcode.SEND), int(WrOpcode.SEND_WITH_IMM), int(WrOpcod
 _IMM_FLAG = int(WcFlag.WITH_IMM)
 _GRH_FLAG = int(WcFlag.GRH)
 _SIGNALED = int(SendFlag.SIGNALED)
+_LOCAL_WRITE = int(Access.LOCAL_WRITE)
 _FAILED = 0
 """The opcode of a completion with an error: undefined (IBA 11.4.2.1), and 0 in rxe, whatever failed."""
 _FLUSHED = int(WcStatus.WR_FLUSH_ERR)
 _ERR = int(QpState.ERR)
-_SENDING = (int(QpState.RTS), int(QpState.SQD))
 
 _new: Any = tuple.__new__
 """Makes a named tuple without the cost of its generated constructor, which would show once per message."""
@@ -48,7 +70,7 @@ FLUSH_LIMIT = 1024
 class PendingCompletion(NamedTuple):
     """A completion that waits until its batch's data are in memory."""
 
-    queue_pair: QueuePair
+    queue_pair: WorkQueues
     cq: CompletionQueue
     completion: WorkCompletion
     psn: int
@@ -57,187 +79,249 @@ class PendingCompletion(NamedTuple):
     """Of a received message: its MSN."""
 
 
-def settle(qp: QueuePair, now: float) -> None:
-    """Deal with an oldest request that has failed here or was a local operation; notice a drained queue."""
-    context = qp.context
-    inflight = context.inflight
-    while inflight:
-        oldest = inflight[0]
-        if oldest.status:
-            fail_oldest(qp, oldest.status)
-            return
-        if oldest.packets or not oldest.done:
-            return
-        retire_oldest(qp, now)
-    if context.sq_draining:
-        check_drained(qp)
+class WorkQueues(ABC):
+    """What every queue pair has: its state, what it was handed, and its place in the engine."""
 
+    __slots__ = (
+        "attributes",
+        "counters",
+        "engine",
+        "events",
+        "heap_at",
+        "more",
+        "movement",
+        "pd",
+        "ready",
+        "receive_queue",
+        "receiver",
+        "recv_cq",
+        "recv_segments",
+        "send_cq",
+        "send_queue",
+        "sender",
+        "state",
+        "statistics",
+        "touched",
+    )
 
-def retire_oldest(qp: QueuePair, now: float) -> None:
-    """HOT. The oldest request is complete: give its slot back, then (deferred) publish its completion."""
-    context = qp.context
-    record = context.inflight.popleft()
-    wqe = record.wqe
-    if context.cursor:
-        context.cursor -= 1
-        if wqe.opcode in READS:
-            context.reads_out -= 1
-    qp.send_queue.retire()
-    context.completed_sends += 1
-    if wqe.opcode in _SENDS:
-        qp.counters["rdma_sends"] += 1
-    _note_completion(qp, now)
-    if wqe.flags & _SIGNALED or context.sq_sig_all:
+    engine: Engine
+    counters: dict[str, int]
+
+    def __init__(
+        self,
+        state: QueuePairState,
+        send_queue: SendQueue,
+        receive_queue: ReceiveQueue,
+        send_cq: CompletionQueue,
+        recv_cq: CompletionQueue,
+        pd: ProtectionDomain,
+        events: EventSink,
+    ) -> None:
+        """A restored queue pair's queues must have the indices of the dump.
+
+        Requests that were fetched and not retired are copied in the state, in order, and are not fetched again.
+        """
+        self.state = state
+        self.attributes = state.attributes
+        self.sender = state.sender
+        self.receiver = state.receiver
+        self.movement = state.movement
+        self.statistics = state.statistics
+        self.send_queue = send_queue
+        self.receive_queue = receive_queue
+        self.send_cq = send_cq
+        self.recv_cq = recv_cq
+        self.pd = pd
+        self.events = events
+        self.ready = False
+        """It waits for its turn to send."""
+        self.touched = False
+        """It received something in this batch."""
+        self.more = False
+        """It could have sent more than its budget."""
+        self.heap_at: float | None = None
+        """The time of its earliest entry in the engine's timer heap."""
+        self.recv_segments: list[Segment] | None = None
+        """Where the receive in use goes, once it was resolved in this batch."""
+
+    def make_ready(self) -> None:
+        """Have the engine give this queue pair a turn to send."""
+        if not self.ready:
+            self.ready = True
+            self.engine.ready.append(self)
+
+    @abstractmethod
+    def transmit(self, now: float, sink: FrameSink, budget: int) -> int:
+        """HOT. Send up to `budget` frames; returns how many. `more` says whether there would have been more."""
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def will_write(self, memory: Memory, as_responder: bool) -> None:
+        """`memory` must be flushed at the end of the batch; as_responder: it was the peer's request."""
+        writers = self.engine.written.setdefault(id(memory), (memory, {}))[1]
+        writers[self] = writers.get(self, False) or as_responder
+
+    def resolve_for_writing(self, sges: tuple[Sge, ...], as_responder: bool) -> list[Segment]:
+        """The places of a message that will be written in this batch. Raises ProtectionError."""
+        segments = resolve(self.pd, sges, _LOCAL_WRITE)
+        for segment in segments:
+            self.will_write(segment[1], as_responder)
+        return segments
+
+    # -- success ---------------------------------------------------------------------------------------------------
+
+    def settle(self, now: float) -> None:
+        """Deal with an oldest request that has failed at this end or was a local operation; notice a drained queue."""
+        inflight = self.sender.inflight
+        while inflight:
+            oldest = inflight[0]
+            if oldest.status:
+                self.fail_oldest(oldest.status)
+                return
+            if oldest.packets or not oldest.done:
+                return
+            self.retire_oldest(now)
+        if self.sender.sq_draining:
+            self.check_drained()
+
+    def retire_oldest(self, now: float) -> None:
+        """HOT. The oldest request is complete: give its slot back, then (deferred) publish its completion."""
+        wqe = self.sender.retire().wqe
         opcode = wqe.opcode
+        attributes = self.attributes
+        self.send_queue.retire()
+        self.statistics.send_completed(now)
+        if opcode in _SENDS:
+            self.counters["rdma_sends"] += 1
+        if wqe.flags & _SIGNALED or attributes.sq_sig_all:
+            byte_len = 0 if opcode == _BIND_MW else wqe.length
+            wc_flags = _IMM_FLAG if opcode in _WITH_IMM else 0
+            completion: WorkCompletion = _new(
+                WorkCompletion,
+                (wqe.wr_id, 0, COMPLETION_OPCODE[opcode], byte_len, 0, attributes.qpn, 0, wc_flags, False),
+            )
+            self.engine.completions.append(_new(PendingCompletion, (self, self.send_cq, completion, 0, 0)))
+
+    def complete_receive(
+        self,
+        now: float,
+        opcode: int,
+        byte_len: int,
+        imm: int,
+        wc_flags: int,
+        solicited: bool,
+        source_qpn: int = 0,
+    ) -> None:
+        """HOT. The receive in use is complete: give its slot back, then (deferred) publish its completion.
+
+        source_qpn: of a datagram; rxe leaves a connection's 0, and says of every receive that it came with a GRH.
+        """
+        receiver = self.receiver
+        receive = receiver.release_receive()
+        if receive is None:
+            return
+        self.recv_segments = None
+        attributes = self.attributes
+        if not attributes.srq:
+            self.receive_queue.retire()
+        self.statistics.receive_completed(now)
+        self.counters["rdma_recvs"] += 1
         completion: WorkCompletion = _new(
             WorkCompletion,
             (
-                wqe.wr_id, 0, COMPLETION_OPCODE[opcode], 0 if opcode == _BIND_MW else wqe.length, 0, context.qpn, 0,
-                _IMM_FLAG if opcode in _WITH_IMM else 0, False,
+                receive.wr_id, 0, opcode, byte_len, imm, attributes.qpn, source_qpn, wc_flags | _GRH_FLAG, solicited,
             ),
         )  # fmt: skip
-        qp.engine.completions.append(_new(PendingCompletion, (qp, qp.send_cq, completion, 0, 0)))
+        self.engine.completions.append(
+            _new(PendingCompletion, (self, self.recv_cq, completion, receiver.expected_psn, receiver.msn))
+        )
 
+    def check_drained(self) -> None:
+        """SQD: report that the last request which was started is complete."""
+        if self.sender.end_draining() and self.attributes.en_sqd_async_notify:
+            self.events.qp_event(self.attributes.qpn, QpEvent.SQ_DRAINED)
 
-def complete_receive(
-    qp: QueuePair,
-    now: float,
-    opcode: int,
-    byte_len: int,
-    imm: int,
-    wc_flags: int,
-    solicited: bool,
-    source_qpn: int = 0,
-) -> None:
-    """HOT. The receive in use is complete: give its slot back, then (deferred) publish its completion.
+    # -- failure ---------------------------------------------------------------------------------------------------
 
-    source_qpn: of a datagram; rxe leaves a connection's 0, and says of every receive that it came with a GRH.
-    """
-    context = qp.context
-    receive = context.recv_wqe
-    if receive is None:
-        return
-    context.recv_wqe = None
-    qp.recv_segments = None
-    if not context.srq:
-        qp.receive_queue.retire()
-    context.completed_receives += 1
-    qp.counters["rdma_recvs"] += 1
-    _note_completion(qp, now)
-    completion: WorkCompletion = _new(
-        WorkCompletion,
-        (
-            receive.wr_id, 0, opcode, byte_len, imm, context.qpn, source_qpn, wc_flags | _GRH_FLAG, solicited,
-        ),
-    )  # fmt: skip
-    pending: PendingCompletion = _new(
-        PendingCompletion, (qp, qp.recv_cq, completion, context.expected_psn, context.msn)
-    )
-    qp.engine.completions.append(pending)
+    def fail_oldest(self, status: int) -> None:
+        """The oldest request fails with `status`, and the queue pair with it."""
+        if self.sender.inflight:
+            self.sender.inflight[0].status = status
+        if status == WcStatus.RNR_RETRY_EXC_ERR:
+            self.counters["retry_rnr_exceeded_err"] += 1
+        self.enter_error(None, None)
 
+    def fail_receive(self, status: int, event: QpEvent) -> None:
+        """The receive in use fails with `status` by this end's own fault, and the queue pair with it.
 
-def fail_oldest(qp: QueuePair, status: int) -> None:
-    """The oldest request fails with `status`, and the queue pair with it."""
-    context = qp.context
-    if context.inflight:
-        context.inflight[0].status = status
-    if status == WcStatus.RNR_RETRY_EXC_ERR:
-        qp.counters["retry_rnr_exceeded_err"] += 1
-    enter_error(qp, None, None)
+        Of a process that has ended nothing is reported: its memory went with it.
+        """
+        if self.events.owner_gone(self.attributes.qpn):
+            self.enter_error(status, None)
+        elif self.attributes.state != _ERR:
+            self.enter_error(status, event)
 
+    def completion_lost(self, psn: int, msn: int) -> None:
+        """The completion of a received message (its last packet's PSN, its MSN) did not fit into its queue."""
+        self.enter_error(None, None)
 
-def enter_error(qp: QueuePair, receive_status: int | None, event: QpEvent | None) -> None:
-    """To ERR: every request and receive comes back, failed ones with their status, the others flushed.
+    def memory_gone(self, as_responder: bool) -> None:
+        """This batch's data could not be stored; as_responder: they were the peer's."""
+        if as_responder:
+            self.fail_receive(WcStatus.LOC_PROT_ERR, QpEvent.QP_FATAL)
+        else:
+            self.enter_error(None, None)
 
-    receive_status: of the receive in use (None: flushed like the others); event: to report besides.
-    """
-    context = qp.context
-    context.state = _ERR
-    context.ack_deadline = context.rnr_deadline = context.pause_deadline = context.resume_deadline = None
-    context.paused = context.resume_pending = context.sq_draining = False
-    context.message = 0
-    qp.ack_pending = False
-    while context.inflight:
-        record = context.inflight.popleft()
-        _flush_send(qp, record.wqe.wr_id, record.wqe.opcode, record.status or _FLUSHED)
-    context.cursor = context.reads_out = 0
-    context.send_psn = context.next_psn = context.high_psn = context.una_psn
-    receive = context.recv_wqe
-    if receive is not None:
-        context.recv_wqe = None
-        _flush_receive(qp, receive.wr_id, receive_status or _FLUSHED)
-        if not context.srq:
-            qp.receive_queue.retire()
-    flush(qp)
-    if context.srq:
-        qp.events.qp_event(context.qpn, QpEvent.QP_LAST_WQE_REACHED)
-    if event is not None:
-        qp.events.qp_event(context.qpn, event)
-    qp.make_ready()
+    def enter_error(self, receive_status: int | None, event: QpEvent | None) -> None:
+        """To ERR: every request and receive comes back, failed ones with their status, the others flushed.
 
+        receive_status: of the receive in use (None: flushed like the others); event: to report besides.
+        """
+        attributes = self.attributes
+        attributes.state = _ERR
+        self.movement.fail()
+        self.receiver.abandon_message()
+        for record in self.sender.abort():
+            self._flush_send(record.wqe.wr_id, record.wqe.opcode, record.status or _FLUSHED)
+        receive = self.receiver.release_receive()
+        if receive is not None:
+            self._push_failed(self.recv_cq, receive.wr_id, receive_status or _FLUSHED)
+            if not attributes.srq:
+                self.receive_queue.retire()
+        self.flush()
+        if attributes.srq:
+            self.events.qp_event(attributes.qpn, QpEvent.QP_LAST_WQE_REACHED)
+        if event is not None:
+            self.events.qp_event(attributes.qpn, event)
+        self.make_ready()
 
-def flush(qp: QueuePair) -> None:
-    """ERR: return whatever is posted, at most FLUSH_LIMIT of each kind at a time (a program may post for ever)."""
-    for _ in range(FLUSH_LIMIT):
-        wqe = qp.send_queue.fetch()
-        if wqe is None:
-            break
-        _flush_send(qp, wqe.wr_id, wqe.opcode, _FLUSHED)
-    else:
-        qp.more = True
-    if qp.context.srq:
-        return
-    for _ in range(FLUSH_LIMIT):
-        receive = qp.receive_queue.fetch()
-        if receive is None:
-            break
-        _flush_receive(qp, receive.wr_id, _FLUSHED)
-        qp.receive_queue.retire()
-    else:
-        qp.more = True
+    def flush(self) -> None:
+        """ERR: return what is posted, at most FLUSH_LIMIT of each kind at a time (a program may post without end)."""
+        for _ in range(FLUSH_LIMIT):
+            wqe = self.send_queue.fetch()
+            if wqe is None:
+                break
+            self._flush_send(wqe.wr_id, wqe.opcode, _FLUSHED)
+        else:
+            self.more = True
+        if self.attributes.srq:
+            return
+        for _ in range(FLUSH_LIMIT):
+            receive = self.receive_queue.fetch()
+            if receive is None:
+                break
+            self._push_failed(self.recv_cq, receive.wr_id, _FLUSHED)
+            self.receive_queue.retire()
+        else:
+            self.more = True
 
+    def _flush_send(self, wr_id: int, opcode: int, status: int) -> None:
+        """A request comes back with an error."""
+        self.send_queue.retire()
+        if opcode in _SENDS:
+            self.counters["rdma_sends"] += 1  # rxe counts what came back, successful or not
+        self._push_failed(self.send_cq, wr_id, status)
 
-def may_send(qp: QueuePair) -> bool:
-    """The beginning of a turn of UC or UD: whether it may send. In ERR what is posted is flushed."""
-    context = qp.context
-    qp.more = False
-    if context.state == _ERR:
-        flush(qp)
-    return not context.stopped and context.state in _SENDING
-
-
-def _flush_send(qp: QueuePair, wr_id: int, opcode: int, status: int) -> None:
-    """A request comes back with an error."""
-    qp.send_queue.retire()
-    if opcode in _SENDS:
-        qp.counters["rdma_sends"] += 1  # rxe counts what came back, however
-    _push_failed(qp, qp.send_cq, wr_id, status)
-
-
-def _flush_receive(qp: QueuePair, wr_id: int, status: int) -> None:
-    """A receive comes back with an error."""
-    _push_failed(qp, qp.recv_cq, wr_id, status)
-
-
-def _push_failed(qp: QueuePair, cq: CompletionQueue, wr_id: int, status: int) -> None:
-    completion = WorkCompletion(wr_id, int(status), _FAILED, 0, 0, qp.context.qpn, 0, 0, solicited=True)
-    qp.engine.completions.append(PendingCompletion(qp, cq, completion, 0, 0))
-
-
-def _note_completion(qp: QueuePair, now: float) -> None:
-    """HOT. Keep the longest time between two completions."""
-    context = qp.context
-    last = context.gap_last
-    if last is not None and now - last > context.gap_longest:
-        context.gap_longest = now - last
-        context.gap_longest_end = now
-    context.gap_last = now
-
-
-def check_drained(qp: QueuePair) -> None:
-    """SQD: say so when the last request that was begun is complete."""
-    context = qp.context
-    if context.sq_draining and not context.inflight:
-        context.sq_draining = False
-        if context.en_sqd_async_notify:
-            qp.events.qp_event(context.qpn, QpEvent.SQ_DRAINED)
+    def _push_failed(self, cq: CompletionQueue, wr_id: int, status: int) -> None:
+        completion = WorkCompletion(wr_id, int(status), _FAILED, 0, 0, self.attributes.qpn, 0, 0, solicited=True)
+        self.engine.completions.append(PendingCompletion(self, cq, completion, 0, 0))

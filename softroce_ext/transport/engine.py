@@ -8,40 +8,19 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
-from softroce_ext.transport import in_order
-from softroce_ext.transport.answers import RequestFault, refuse, withdraw, withhold
-from softroce_ext.transport.completion import PendingCompletion, enter_error
-from softroce_ext.transport.datagram import DatagramQueuePair
+from softroce_ext.transport.completion import PendingCompletion, WorkQueues
 from softroce_ext.transport.gsi import Gsi
-from softroce_ext.transport.interfaces import Memory, MemoryFault
-from softroce_ext.transport.qp import QueuePair
-from softroce_ext.transport.timers import on_timer
-from softroce_ext.transport.unreliable import UnreliableQueuePair
-from softroce_ext.transport.verbs import QpEvent, QpState, WcOpcode, WcStatus
-from softroce_ext.wire.frame import Buffer, Packet, Path, parse
-from softroce_ext.wire.headers import GSI_QPN, MULTICAST_QPN, NAK_REMOTE_OPERATIONAL
-
-SERVICES = (QueuePair, UnreliableQueuePair, DatagramQueuePair)
-"""The classes of queue pairs; importing them is what lets `QueuePair` make each."""
+from softroce_ext.transport.interfaces import FrameSink, Memory, MemoryFault
+from softroce_ext.transport.queue_pair import QueuePair
+from softroce_ext.transport.verbs import QpState, WcOpcode, WcStatus
+from softroce_ext.wire.frame import Packet, Path, parse
+from softroce_ext.wire.headers import GSI_QPN, MULTICAST_QPN
 
 V4_MAPPED = bytes(10) + b"\xff\xff"
-"""What comes before an IPv4 address in a GID."""
+"""What precedes an IPv4 address in a GID."""
 
 
-class FrameSink(Protocol):
-    """Where frames to send go: the port's arena, or a list in a test."""
-
-    room: int
-    """Frames that still fit; `add` lowers it."""
-
-    def add(self, path: Path, headers: bytes, payload: Buffer, pad: int) -> None:
-        """HOT. Build one frame (`wire.frame.build`, taking and advancing `path.ip_id`).
-
-        headers: BTH and extended headers; payload: may be empty, valid only during this call; pad: 0..3.
-        """
-
-
-class Sender(Protocol):
+class Turn(Protocol):
     """What gets turns to send: a queue pair, or QP1."""
 
     ready: bool
@@ -58,23 +37,23 @@ class EngineConfig:
     migros: bool = True
     """Announce and use the migration extension; without it the packets are those of rxe."""
     window: int = 128
-    """Unacknowledged PSNs that a requester may have on the way (a RESUME is believed this far behind)."""
+    """Unacknowledged PSNs that a requester may have outstanding (a RESUME is believed this far behind)."""
     packets_per_ackreq: int = 66
     """AckReq on every n-th packet of a long message (and on every message's last)."""
     retry_read_gaps: bool = True
-    """Ask again for a READ's rest as soon as a response is missing (IBA: an implied NAK). rxe waits for its timer."""
+    """Ask for a READ's rest as soon as a response is missing (IBA: an implied NAK). rxe waits for its timer."""
     quantum: int = 32
     """Frames that one queue pair may send before the next one gets its turn; also packets per memory read."""
     minimum_ack_timeout: float = 0.008
     """Seconds; shorter local ACK timeouts are raised to it (rxe: its timer's granularity)."""
     ack_patience: float = 0.5
     """Seconds. A local ACK timeout that turns out to be shorter than the answers take is doubled, up to four times (IBA
-    9.7.6.1.3 wants it between T and 4 T) but not above this. rxe always waits T: an end that is slow only because its
-    processors are taken gets windows of repetitions then, which make it slower still."""
+    9.7.6.1.3 wants it between T and 4 T) but not above this. rxe always waits T: a peer that is slow because its
+    processors are busy then gets whole windows of retransmissions, which make it slower still."""
     pause_limit: float = 60.0
-    """Seconds that a partner stays Paused without a RESUME before ordinary retransmission starts again."""
+    """Seconds that a queue pair stays Paused without a RESUME before ordinary retransmission starts again."""
     stale_stop_limit: float = 1.0
-    """Seconds after a RESUME during which a NAK_STOPPED may be an old one that it has overtaken."""
+    """Seconds after a RESUME during which a NAK_STOPPED may be an old one that the RESUME has overtaken."""
     stale_stop_pause: float = 0.05
     """Seconds that such a NAK_STOPPED pauses."""
     resume_interval: float = 0.02
@@ -106,28 +85,28 @@ class Engine:
         self.qps: dict[int, QueuePair] = {}
         self.port_mtu = 4096
         """Bytes of the longest datagram: the port's active MTU, which the caller sets."""
-        self.gsi = Gsi(self)
-        """QP1."""
         self.peer_moved: Callable[[int, bytes, Path], None] = lambda _qpn, _before, _path: None
-        """Told (remote QPN, its address so far, new path) when a RESUME has come from another place."""
+        """Called (remote QPN, its address before, new path) when a RESUME has come from another address."""
         self.multicast: dict[bytes, list[QueuePair]] = {}
         """UD queue pairs by the GID (16 bytes) of the groups that they are in; the caller keeps it."""
-        self.ready: deque[Sender] = deque()
+        self.ready: deque[Turn] = deque()
         """Queue pairs that may have something to send, in turn."""
+        self.gsi = Gsi(self.counters, self.ready)
+        """QP1."""
         self.touched: list[QueuePair] = []
         """Queue pairs that received something in this batch."""
         self.holding: list[QueuePair] = []
         """Queue pairs of which received packets wait for earlier READs to be answered."""
         self.held = 0
         """Those packets."""
-        self.written: dict[int, tuple[Memory, dict[QueuePair, bool]]] = {}
+        self.written: dict[int, tuple[Memory, dict[WorkQueues, bool]]] = {}
         """Memories with unflushed writes, by identity; whose they are, and whether a responder's are among them."""
         self.completions: list[PendingCompletion] = []
         self._timers: list[tuple[float, int]] = []
 
     def add_qp(self, qp: QueuePair) -> None:
         """Take a queue pair in. Raises ValueError when its number is taken."""
-        qpn = qp.context.qpn
+        qpn = qp.attributes.qpn
         if qpn in self.qps:
             raise ValueError(f"queue pair {qpn} exists already")
         self.qps[qpn] = qp
@@ -144,7 +123,7 @@ class Engine:
         if qp.touched:
             qp.touched = False
             self.touched.remove(qp)
-        in_order.forget(qp)
+        qp.forget_held()
         self.completions = [entry for entry in self.completions if entry.queue_pair is not qp]
 
     def receive(self, frame: memoryview, now: float) -> None:
@@ -165,7 +144,7 @@ class Engine:
         qp.receive(packet, now)
 
     def _special(self, packet: Packet, now: float) -> None:
-        """A packet for no queue pair of a program: QP1's, a multicast group's, or nobody's."""
+        """A packet for no queue pair of a program: for QP1, for a multicast group, or for none."""
         number = packet.destination_qpn
         if number == GSI_QPN:
             self.gsi.receive(packet)
@@ -180,7 +159,7 @@ class Engine:
             qp.receive(packet, now)
 
     def end_of_batch(self, now: float) -> None:
-        """Flush memory, publish the batch's completions, queue its (coalesced) ACKs; then QP1's turn has come."""
+        """Flush memory, publish the batch's completions, queue its (coalesced) ACKs, then hand on QP1's datagrams."""
         if self.written:
             written, self.written = self.written, {}
             for memory, writers in written.values():
@@ -188,7 +167,8 @@ class Engine:
                     memory.flush()
                 except MemoryFault:
                     for qp, as_responder in writers.items():
-                        self._memory_gone(qp, as_responder)
+                        self._fail_completions(qp)
+                        qp.memory_gone(as_responder)
         touched, self.touched = self.touched, []
         for qp in touched:
             qp.end_of_batch()
@@ -202,12 +182,12 @@ class Engine:
         qp.make_ready()
 
     def flush_failed(self) -> None:
-        """Return what was posted to receive queues after their queue pair went to ERR: nobody rings for a receive.
+        """Return what was posted to receive queues after their queue pair went to ERR: receives ring no doorbell.
 
-        Linux rxe leaves it there for ever, and with it a program that waits for it.
+        Linux rxe never returns it, and a program that waits for it hangs.
         """
         for qp in self.qps.values():
-            if qp.context.state == QpState.ERR and not qp.context.stopped:
+            if qp.attributes.state == QpState.ERR and not qp.movement.stopped:
                 qp.make_ready()
 
     def on_timer(self, now: float) -> None:
@@ -217,7 +197,7 @@ class Engine:
             when, qpn = heappop(timers)
             qp = self.qps.get(qpn)
             if qp is not None and qp.heap_at == when:  # otherwise an earlier entry has replaced this one
-                on_timer(qp, now)
+                qp.on_timer(now)
         if self.completions:
             self.publish()
 
@@ -231,11 +211,18 @@ class Engine:
         Completions of requests that fail on their way out are published before it returns.
         """
         total = self._turns(now, sink)
-        while self.holding and in_order.release(self, now):
+        while self.holding and self._release_held(now):
             total += self._turns(now, sink)
         if total:
             self.counters["sent_pkts"] += total
         return total
+
+    def _release_held(self, now: float) -> bool:
+        """Receive what waited for answers that have left now, as a batch of its own; whether there was any."""
+        released = [qp for qp in list(self.holding) if qp.release_held(now)]
+        if released:
+            self.end_of_batch(now)
+        return bool(released)
 
     def _turns(self, now: float, sink: FrameSink) -> int:
         """HOT. The work of `frames_to_send`, except for requests that waited for answers to leave."""
@@ -269,25 +256,24 @@ class Engine:
                 if (
                     not cq.push(completion)
                     and completion.opcode >= _RECEIVE_OPCODES
-                    and qp.context.state != QpState.ERR
+                    and qp.attributes.state != QpState.ERR
                 ):
-                    # The message has come and its completion is lost (IBA 11.6.3.4; as rxe): its sender must not be
-                    # told that it came. Lost completions of requests leave their queue pair as it is.
-                    withhold(qp, psn, msn)
-                    enter_error(qp, None, None)
+                    # The message was received and its completion is lost (IBA 11.6.3.4; as rxe): it must not be
+                    # acknowledged. Lost completions of requests leave their queue pair as it is.
+                    qp.completion_lost(psn, msn)
 
-    def push_timer(self, when: float, qp: QueuePair) -> None:
+    def push_timer(self, when: float, qp: WorkQueues) -> None:
         """Have `qp.on_timer` called at `when`."""
         timers = self._timers
         if len(timers) > 64 + 4 * len(self.qps):
-            # Entries that were replaced by earlier ones, or whose queue pair has gone, would lie here until their time.
+            # Entries that earlier ones replaced, or whose queue pair was removed, would stay here until their time.
             qps = self.qps
             timers[:] = {entry for entry in timers if (live := qps.get(entry[1])) and live.heap_at == entry[0]}
             heapify(timers)
-        heappush(timers, (when, qp.context.qpn))
+        heappush(timers, (when, qp.attributes.qpn))
 
-    def _memory_gone(self, qp: QueuePair, as_responder: bool) -> None:
-        """This batch's data could not be stored: what they would have completed fails, and the queue pair with it."""
+    def _fail_completions(self, qp: WorkQueues) -> None:
+        """What this batch's data would have completed fails, since they could not be stored."""
         failed: set[bool] = set()
         completions, self.completions = self.completions, []
         for entry in completions:
@@ -300,8 +286,3 @@ class Engine:
                     failed.add(received)
                     completion = completion._replace(status=int(WcStatus.LOC_PROT_ERR))
             self.completions.append(entry._replace(completion=completion))
-        if as_responder:
-            withdraw(qp)
-            refuse(qp, qp.batch_psn, RequestFault(NAK_REMOTE_OPERATIONAL, WcStatus.LOC_PROT_ERR, QpEvent.QP_FATAL))
-        else:
-            enter_error(qp, None, None)

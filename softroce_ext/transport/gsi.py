@@ -1,21 +1,29 @@
 """QP1, the general services interface: management datagrams (MADs) of 256 bytes, for the connection manager.
 
-No program owns it. What uses it hands MADs in (`send`) and takes them (`on_mad`).
+No program owns it: its user hands MADs in (`send`) and takes them (`on_mad`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
+from softroce_ext.transport.interfaces import FrameSink
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import Packet, datagram_source_port
-from softroce_ext.wire.headers import ACK_REQ, BTH_DETH, DETH, GSI_QKEY, GSI_QPN, PKEY_DEFAULT, PKEY_PARTITION, PSN_MASK
+from softroce_ext.wire.headers import (
+    ACK_REQ,
+    BTH_DETH,
+    DETH,
+    GSI_QKEY,
+    GSI_QPN,
+    PKEY_DEFAULT,
+    PKEY_MASK,
+    PKEY_PARTITION,
+    PSN_MASK,
+)
 from softroce_ext.wire.path import Path
-
-if TYPE_CHECKING:
-    from softroce_ext.transport.engine import Engine, FrameSink
 
 MAD_BYTES = 256
 MAX_WAITING = 4096
@@ -25,17 +33,19 @@ _FIRST_WORD = (op.UD | op.SEND_ONLY) << 24 | PKEY_DEFAULT
 _SOURCE_PORT = datagram_source_port(GSI_QPN)
 
 OnMad = Callable[[Packet, int, memoryview, float], None]
-"""packet (its addresses and MAC say whence), source QPN, MAD (valid during the call only), now."""
+"""packet (its addresses and MAC are the sender's), source QPN, MAD (valid during the call only), now."""
 
 
 class Gsi:
     """QP1 of an engine."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, counters: dict[str, int], ready: deque[Any]) -> None:
+        """counters, ready: the engine's."""
+        self._counters = counters
+        self._ready = ready
         self._waiting: deque[tuple[Path, int, bytes]] = deque()
         self.received: list[tuple[Packet, int]] = []
-        """What came in this batch, with the source QPN."""
+        """What was received in this batch, with the source QPN."""
         self._psn = 0
         self.ready = False
         self.more = False
@@ -47,7 +57,7 @@ class Gsi:
         if len(mad) != MAD_BYTES:
             raise ValueError(f"a MAD has {MAD_BYTES} bytes, not {len(mad)}")
         if len(self._waiting) >= MAX_WAITING:
-            self._engine.counters["dropped_mad"] += 1
+            self._counters["dropped_mad"] += 1
             return
         if path.udp_source_port != _SOURCE_PORT:
             path = path.replace(udp_source_port=_SOURCE_PORT)
@@ -56,10 +66,10 @@ class Gsi:
 
     def receive(self, packet: Packet) -> None:
         """Take a packet for QP1 until the end of its batch; never raises for what is in it."""
-        counters = self._engine.counters
+        counters = self._counters
         if packet.opcode != op.UD | op.SEND_ONLY:
             counters["refused_state"] += 1
-        elif packet.first_word & 0x7FFF != PKEY_PARTITION:
+        elif packet.first_word & PKEY_MASK != PKEY_PARTITION:
             counters["refused_pkey"] += 1
         else:
             qkey, source = DETH.unpack_from(packet.raw, packet.headers_at)
@@ -71,10 +81,10 @@ class Gsi:
                 self.received.append((packet, source & 0xFFFFFF))
 
     def end_of_batch(self, now: float) -> None:
-        """Hand on what came (what `on_mad` raises passes through).
+        """Hand on what was received (what `on_mad` raises passes through).
 
-        Only now: the data before a DREQ, with their completions, are there when a program hears that the connection has
-        ended. In Linux a work queue sees to that.
+        Only now: the data before a DREQ, with their completions, are there when a program is told that the connection
+        has ended. In Linux a work queue sees to that.
         """
         received, self.received = self.received, []
         for packet, source in received:
@@ -86,7 +96,7 @@ class Gsi:
         sent = 0
         while self._waiting and sent < budget:
             path, destination, mad = self._waiting.popleft()
-            # rxe asks for acknowledgement in its MADs, and nobody gives any.
+            # rxe sets AckReq in its MADs; no one answers it.
             third = ACK_REQ << 24 | self._psn
             sink.add(path, BTH_DETH.pack(_FIRST_WORD, destination, third, GSI_QKEY, GSI_QPN), mad, 0)
             self._psn = self._psn + 1 & PSN_MASK
@@ -98,4 +108,4 @@ class Gsi:
         """Have the engine give QP1 a turn to send."""
         if not self.ready:
             self.ready = True
-            self._engine.ready.append(self)
+            self._ready.append(self)

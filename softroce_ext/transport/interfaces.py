@@ -126,6 +126,19 @@ class CompletionQueue(Protocol):
         """Publish a completion. False when the queue is full and the completion is lost."""
 
 
+class FrameSink(Protocol):
+    """Where frames to send go: the port's arena, or a list in a test."""
+
+    room: int
+    """Frames that still fit; `add` lowers it."""
+
+    def add(self, path: Path, headers: bytes, payload: Buffer, pad: int) -> None:
+        """HOT. Build one frame (`wire.frame.build`, taking and advancing `path.ip_id`).
+
+        headers: BTH and extended headers; payload: may be empty, valid only during this call; pad: 0..3.
+        """
+
+
 class ProtectionDomain(Protocol):
     """Key lookups of one protection domain. The answer is the memory and the address in it."""
 
@@ -142,7 +155,7 @@ class ProtectionDomain(Protocol):
         """
 
     def invalidate(self, rkey: int, qpn: int) -> None:
-        """The partner's SEND_WITH_INV ends the use of `rkey` for queue pair `qpn`. Raises ProtectionError."""
+        """The peer's SEND_WITH_INV ends the use of `rkey` for queue pair `qpn`. Raises ProtectionError."""
 
     def local_operation(self, wqe: SendWqe, qpn: int) -> None:
         """Perform a LOCAL_INV or BIND_MW request of queue pair `qpn`. Raises ProtectionError when it is not allowed."""

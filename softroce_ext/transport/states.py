@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from softroce_ext.transport.state.attributes import MTUS
 from softroce_ext.transport.verbs import QpState, QpType
 from softroce_ext.wire.frame import Path
 from softroce_ext.wire.headers import PSN_MASK
@@ -108,9 +109,13 @@ _LIMITS: dict[str, int] = {
     "path_mig_state": 2,
     "en_sqd_async_notify": 1,
 }
-MTUS = (256, 512, 1024, 2048, 4096)
 DEPTHS = ("max_rd_atomic", "max_dest_rd_atomic")
 """Numbers of READs and atomics: rxe makes room for the next power of two, and says so when it is asked."""
+
+
+def stored(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of a modify as they are kept."""
+    return {name: rounded(value) if name in DEPTHS else value for name, value in attributes.items()}
 
 
 def rounded(depth: int) -> int:

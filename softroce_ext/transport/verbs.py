@@ -17,6 +17,10 @@ class QpState(IntEnum):
     ERR = 6
 
 
+CONNECTED = frozenset(map(int, (QpState.RTR, QpState.RTS, QpState.SQD)))
+"""States in which a queue pair takes packets."""
+
+
 class QpType(IntEnum):
     """enum ib_qp_type: the service that a queue pair gives."""
 

@@ -105,7 +105,7 @@ def ex_create_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
 @handles(Command.QUERY_QP)
 def query_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
     qp = context.get(abi.U32.unpack_from(body, 8)[0], QueuePair)
-    c, caps = qp.transport.context, qp.capabilities
+    c, caps = qp.transport.attributes, qp.capabilities
     return Answer(
         abi.QUERY_QP_RESP.pack(
             qp.destination.pack(),
@@ -116,8 +116,8 @@ def query_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
             caps.max_recv_sge,
             caps.max_inline_data,
             c.qkey,
-            c.expected_psn,
-            c.send_psn,
+            qp.transport.receiver.expected_psn,
+            qp.transport.sender.send_psn,
             c.destination_qpn,
             c.qp_access_flags,
             c.pkey_index,
@@ -126,7 +126,7 @@ def query_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
             c.state,
             limits.MTU_CODE.get(c.path_mtu, 0),
             c.path_mig_state,
-            c.sq_draining,
+            qp.transport.sender.sq_draining,
             c.max_rd_atomic,
             c.max_dest_rd_atomic,
             c.min_rnr_timer,
@@ -162,7 +162,7 @@ def modify_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
         max_rd, max_dest_rd, rnr_timer, port, timeout, retry, rnr_retry, _alt_port, _alt_timeout,
     ) = values  # fmt: skip
     qp = context.get(handle, QueuePair)
-    _check_mask(qp.transport.context.state, mask, state, port)
+    _check_mask(qp.transport.attributes.state, mask, state, port)
     given = {
         "qp_state": state,
         "cur_qp_state": cur_state,
@@ -189,7 +189,7 @@ def modify_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
         attributes["path_mtu"] = limits.MTU_BYTES[mtu]
     vector = Destination.unpack(destination)
     if mask & QP_AV:
-        remote_qpn = dest_qpn if mask & QP_DEST_QPN else qp.transport.context.destination_qpn
+        remote_qpn = dest_qpn if mask & QP_DEST_QPN else qp.transport.attributes.destination_qpn
         attributes["path"] = adapter.path(vector, qp.qpn, remote_qpn)
     adapter.modify_queue_pair(qp, attributes)
     if attributes.get("qp_state") == QpState.RESET:
@@ -214,7 +214,7 @@ def post_send(adapter: Adapter, context: Context, body: Body) -> Answer:
     if size < abi.SEND_WR_BYTES or len(body) < abi.SIZES[Command.POST_SEND][0] + count * size + elements * SGE_BYTES:
         raise VerbsError(errno.EINVAL, f"{count} requests of {size} bytes in a command of {len(body)}")
     qp = context.get(handle, QueuePair)
-    if qp.transport.context.state < QpState.RTS:
+    if qp.transport.attributes.state < QpState.RTS:
         raise VerbsError(errno.EINVAL, "post_send before RTS")
     adapter.engine.ring(qp.transport)
     return Answer(abi.U32.pack(0))

@@ -38,8 +38,12 @@ AETH_ATOMIC = Struct(">IQ")
 """AETH, original remote data."""
 
 PKEY_DEFAULT = 0xFFFF
-PKEY_PARTITION = PKEY_DEFAULT & 0x7FFF
-"""The part of a P_Key that must match between two ports; the top bit tells full from limited members (IBA 10.9.1.1)."""
+PKEY_MASK = 0x7FFF
+"""The part of a P_Key that two ports must have in common: the top bit tells full from limited members (IBA 10.9.1.1).
+
+A packet belongs to this NIC's partition if `first_word & PKEY_MASK == PKEY_PARTITION`.
+"""
+PKEY_PARTITION = PKEY_DEFAULT & PKEY_MASK
 SOLICITED = 0x80 << 16
 """The solicited-event bit in the BTH's first word."""
 PAD_SHIFT = 20

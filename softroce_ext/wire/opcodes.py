@@ -61,6 +61,8 @@ _REQ = _F.REQUEST
 _ONLY = _F.START | _F.END
 
 RC, UC, UD = 0x00, 0x20, 0x60
+TRANSPORT_MASK = 0xE0
+"""The bits of an opcode that say which of them it belongs to."""
 
 # Requests that RC and UC have in common, by their low five bits.
 _SEND_AND_WRITE: tuple[tuple[int, str, OpFlag, tuple[Header, ...]], ...] = (

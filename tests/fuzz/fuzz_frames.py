@@ -18,12 +18,15 @@ import struct
 from typing import Any
 
 from softroce_ext.simulation.hosts import ALL_ACCESS, BASE, ByteSink, Cq, Events, Pd, Ram, Region, WorkQueue
-from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import V4_MAPPED, Engine, EngineConfig
-from softroce_ext.transport.in_order import MAX_HELD
 from softroce_ext.transport.interfaces import Buffer, ProtectionError, RecvWqe, SendWqe, Sge
-from softroce_ext.transport.qp import QueuePair
-from softroce_ext.transport.responder import MAX_PENDING_ANSWERS
+from softroce_ext.transport.queue_pair import QueuePair
+from softroce_ext.transport.rc.in_order import MAX_HELD
+from softroce_ext.transport.rc.responder import MAX_PENDING_ANSWERS
+from softroce_ext.transport.services import make_queue_pair
+from softroce_ext.transport.state.attributes import Attributes
+from softroce_ext.transport.state.movement import MovementState
+from softroce_ext.transport.state.queue_pair import QueuePairState
 from softroce_ext.transport.verbs import QpState, QpType
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import MAX_FRAME, build, parse
@@ -109,6 +112,11 @@ def extended_header(
     return chance.randbytes(8 if name == "AtomicAckETH" else 4)
 
 
+def held(qp: QueuePair) -> int:
+    """Packets that wait for answers to leave; only RC holds any."""
+    return len(getattr(qp, "held", ()))
+
+
 class Scene:
     """One NIC with queue pairs."""
 
@@ -126,39 +134,44 @@ class Scene:
         self.cq = Cq()
         for spec in specs:
             self._add(spec)
-        self.engine.multicast[V4_MAPPED + GROUP] = [qp for qp in self.qps if qp.context.qp_type == QpType.UD]
+        self.engine.multicast[V4_MAPPED + GROUP] = [qp for qp in self.qps if qp.attributes.qp_type == QpType.UD]
         self.pull(64)
 
     def _add(self, spec: dict[str, Any]) -> None:
         kind, state, variant = QpType[spec["kind"]], QpState[spec["state"]], spec.get("variant", 0)
-        context = QpContext(spec["qpn"], False, False, int(kind))
+        queue_pair_state = QueuePairState(Attributes(spec["qpn"], int(kind)))
         sends, receives = WorkQueue(), WorkQueue()
-        qp = QueuePair(context, sends, receives, self.cq, self.cq, self.pd, None, Events())
+        qp = make_queue_pair(queue_pair_state, sends, receives, self.cq, self.cq, self.pd, Events())
         self.engine.add_qp(qp)
         self.qps.append(qp)
-        context.path = path(spec.get("ipv6", False))
-        context.destination_qpn = 1000 + spec["qpn"]
-        context.qkey, context.timeout, context.path_mtu = QKEY, 14, 1024
-        context.qp_access_flags = ALL_ACCESS
+        qp.attributes.path = path(spec.get("ipv6", False))
+        qp.attributes.destination_qpn = 1000 + spec["qpn"]
+        qp.attributes.qkey, qp.attributes.timeout, qp.attributes.path_mtu = QKEY, 14, 1024
+        qp.attributes.qp_access_flags = ALL_ACCESS
         for name, value in spec.get("set", {}).items():
-            setattr(context, name, value)
-        context.retry_left = context.retry_cnt
-        qp._derive()
-        context.state = int(state)
+            (record,) = (record for record in qp.state.records() if hasattr(record, name))
+            setattr(record, name, value)
+        qp.sender.retry_left = qp.attributes.retry_cnt
+        qp.attributes_changed()
+        qp.attributes.state = int(state)
         for wr_id, (away, length, key) in enumerate(spec.get("receives", ())):
             receives.posted.append(RecvWqe(wr_id, length, (Sge(OPEN[0] + away, length, key),)))
         if spec.get("sends"):
             for wr_id, (opcode, length) in enumerate(spec["sends"]):
                 sges = (Sge(OPEN[0], length, 1),)
                 sends.posted.append(SendWqe(wr_id, opcode, 2, 0, length, sges, None, BASE, 1, 1, 2, None))
-            context.state = int(QpState.RTS)
+            qp.attributes.state = int(QpState.RTS)
             qp.make_ready()
             self.pull(64)
-            context.state = int(state)
+            qp.attributes.state = int(state)
         if variant == 1:
             qp.stop()
         elif variant == 2 and state in (QpState.RTS, QpState.SQD):
-            context.paused, context.pause_psn, context.pause_deadline = True, context.una_psn, self.now + 60
+            qp.movement.state, qp.movement.pause_psn, qp.movement.pause_deadline = (
+                MovementState.PAUSED,
+                qp.sender.una_psn,
+                self.now + 60,
+            )
         elif variant == 3:
             qp.stop()
             qp.resume()
@@ -177,15 +190,16 @@ class Scene:
         if chance.random() < 0.06:
             return self._management(), None
         qp = chance.choice(self.qps)
-        context = qp.context
-        ipv6 = context.path is not None and context.path.ipv6
+        attributes = qp.attributes
+        receiver = qp.receiver
+        ipv6 = attributes.path is not None and attributes.path.ipv6
         back = path(ipv6, back=True)
         if chance.random() < 0.05:
             back = back.replace(source_ip=bytes(chance.choice((HERE6, THERE6) if ipv6 else (HERE, THERE, bytes(4)))))
         codes = [code for code in op.TABLE if code & 0xE0 == qp.service] if chance.random() < 0.95 else list(range(256))
         opcode = chance.choice(codes)
-        psn = self._psn(context, bool(op.FLAGS[opcode] & op.OpFlag.RESPONSE))
-        qpn = context.qpn
+        psn = self._psn(qp, bool(op.FLAGS[opcode] & op.OpFlag.RESPONSE))
+        qpn = attributes.qpn
         if chance.random() < 0.03:
             qpn = chance.choice((0, 1, 2, 15, 0xFFFFFF, 0xFFFFFE, chance.randrange(1 << 24)))
             if qpn == 0xFFFFFF and not ipv6 and chance.random() < 0.7:
@@ -195,17 +209,17 @@ class Scene:
         flags = chance.choice((0, 0, 0x80, 0x40, 0x40, 0xC0))
         headers = bytearray(struct.pack(">III", opcode << 24 | flags << 16 | pkey, qpn, ack_byte << 24 | psn))
         for header in op.TABLE[opcode].headers if opcode in op.TABLE else ():
-            headers += self._header(header.name, context)
+            headers += self._header(header.name, qp)
         payload = b""
         if op.FLAGS[opcode] & op.OpFlag.PAYLOAD or chance.random() < 0.02:
-            mtu = context.path_mtu
+            mtu = attributes.path_mtu
             length = chance.choice((0, 1, 4, 8, mtu - 4, mtu, mtu, mtu, mtu + 4, 4096, chance.randrange(64)))
-            if chance.random() < 0.3 and context.write_left:
-                length = min(context.write_left, mtu)
+            if chance.random() < 0.3 and receiver.write_left:
+                length = min(receiver.write_left, mtu)
             payload = chance.randbytes(length)
         pad = -len(payload) & 3
         headers[1] |= pad << 4
-        return self._built(back, bytes(headers), payload, pad), qp if qpn == context.qpn else None
+        return self._built(back, bytes(headers), payload, pad), qp if qpn == attributes.qpn else None
 
     def _built(self, way: WirePath, headers: bytes, payload: bytes, pad: int) -> bytes:
         out = memoryview(bytearray(MAX_FRAME + 64))
@@ -226,27 +240,34 @@ class Scene:
             0,
         )
 
-    def _psn(self, context: QpContext, response: bool) -> int:
+    def _psn(self, qp: QueuePair, response: bool) -> int:
         chance = self.chance
         centre = (
-            chance.choice((context.una_psn, context.send_psn, context.high_psn)) if response else context.expected_psn
+            chance.choice((qp.sender.una_psn, qp.sender.send_psn, qp.sender.high_psn))
+            if response
+            else qp.receiver.expected_psn
         )
         step = chance.choice((0,) * 10 + (1, 2, -1, -2, -3, 127, 128, 129, -128, -129, 0x7FFFFF, 0x800000, 0x800001))
         return centre + step & 0xFFFFFF
 
-    def _header(self, name: str, context: QpContext) -> bytes:
+    def _header(self, name: str, qp: QueuePair) -> bytes:
         address = self.chance.choice((OPEN[0], OPEN[0] + 8, *EDGES64))
-        return extended_header(self.chance, name, address, (1, 1, 1, 1, 2, 3), context.path_mtu, context.msn)
+        return extended_header(self.chance, name, address, (1, 1, 1, 1, 2, 3), qp.attributes.path_mtu, qp.receiver.msn)
 
     # -- delivering and checking -------------------------------------------------------------------------------------
 
     def fingerprints(self) -> list[tuple[Any, ...]]:
         """What must not change in a queue pair that no frame names."""
-        return [
-            (c.state, c.expected_psn, c.msn, c.una_psn, c.high_psn, c.message, len(c.inflight), len(c.resources),
-             c.path, c.recv_wqe, c.stopped, c.paused, c.resume_pending)
-            for c in (qp.context for qp in self.qps)
-        ]  # fmt: skip
+        return [self._fingerprint(qp) for qp in self.qps]
+
+    @staticmethod
+    def _fingerprint(qp: QueuePair) -> tuple[Any, ...]:
+        attributes, sender, receiver = qp.attributes, qp.sender, qp.receiver
+        return (
+            attributes.state, receiver.expected_psn, receiver.msn, sender.una_psn, sender.high_psn, receiver.message,
+            len(sender.inflight), len(receiver.resources), attributes.path, receiver.recv_wqe, qp.movement.state,
+            qp.movement.announce,
+        )  # fmt: skip
 
     def play(self, step: list[Any], tally: Tally) -> None:
         """[[[frame, QPN that it names or null, how often], …], seconds after it, frames sent then]; noted first."""
@@ -294,13 +315,13 @@ class Scene:
         self.ram.check()
         groups = any(frame[30:34] == GROUP for frame in frames)
         for qp, was, now in zip(self.qps, fingerprints, self.fingerprints(), strict=True):
-            timed = qp.context.state == QpState.ERR or qp.context.retry_cnt != 7
+            timed = qp.attributes.state == QpState.ERR or qp.attributes.retry_cnt != 7
             if (
                 was != now
                 and qp not in named
                 and qp not in holding
                 and not timed
-                and not (groups and qp.context.qp_type == QpType.UD)
+                and not (groups and qp.attributes.qp_type == QpType.UD)
             ):
                 sent = was[:4] == now[:4] and was[5:] != now[5:]  # the fetch of a request is no disturbance
                 if not sent and was[4] == now[4]:
@@ -311,25 +332,24 @@ class Scene:
     def _picture(self, qp: QueuePair | None) -> Any:
         if qp is None:
             return None
-        seen = len(self.cq.entries), qp.ack_pending, len(self.pd.regions), len(qp.held)
-        return qp.context.to_plain(), bytes(self.ram.data), *seen
+        seen = len(self.cq.entries), getattr(qp, "ack_pending", False), len(self.pd.regions), held(qp)
+        return qp.state.to_plain(), bytes(self.ram.data), *seen
 
     def _what(self, qp: QueuePair) -> str:
-        c = qp.context
+        attributes, sender, receiver = qp.attributes, qp.sender, qp.receiver
         return (
-            f"{QpType(c.qp_type).name} {QpState(c.state).name} stopped={c.stopped} paused={c.paused} "
-            f"resume={c.resume_pending} expected={c.expected_psn:#x} una={c.una_psn:#x} high={c.high_psn:#x} "
-            f"answers={len(c.answers)}"
+            f"{QpType(attributes.qp_type).name} {QpState(attributes.state).name} "
+            f"{MovementState(qp.movement.state).name} expected={receiver.expected_psn:#x} una={sender.una_psn:#x} "
+            f"high={sender.high_psn:#x} answers={len(receiver.answers)}"
         )
 
     def _check_growth(self) -> None:
         engine = self.engine
         for qp in self.qps:
-            c = qp.context
-            many = len(c.answers) > MAX_PENDING_ANSWERS + 70 or len(qp.held) > MAX_HELD
-            if many or len(c.resources) > 128 or len(c.inflight) > 64:
+            many = len(qp.receiver.answers) > MAX_PENDING_ANSWERS + 70 or held(qp) > MAX_HELD
+            if many or len(qp.receiver.resources) > 128 or len(qp.sender.inflight) > 64:
                 raise Violation(f"grows: {self._what(qp)}")
-        if engine.held != sum(len(qp.held) for qp in self.qps):
+        if engine.held != sum(held(qp) for qp in self.qps):
             raise Violation(f"{engine.held} packets are said to wait")
         if len(engine._timers) > 64 + 8 * len(self.qps):
             raise Violation(f"{len(engine._timers)} timers for {len(self.qps)} queue pairs")
@@ -374,7 +394,7 @@ def one_round(chance: random.Random, tally: Tally) -> None:
         batch: list[list[Any]] = []
         for _ in range(size):
             frame, qp = (mutated(chance), None) if chance.random() < 0.25 else scene.frame()
-            batch.append([frame.hex(), qp.context.qpn if qp is not None else None, 1])
+            batch.append([frame.hex(), qp.attributes.qpn if qp is not None else None, 1])
         if chance.random() < 0.02:
             batch = [[*batch[0][:2], 64]]  # a flood of one
         scene.play([batch, chance.choice((1e-6, 1e-5, 1e-3, 0.07)), chance.choice((0, 1, 16, 64))], tally)

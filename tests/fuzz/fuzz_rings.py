@@ -169,8 +169,8 @@ class Scene:
         for peer in self.peers:
             peer.arena.check()
             for qp in peer.qps:
-                if len(qp.transport.context.inflight) > qp.send_ring.capacity:
-                    raise Violation(f"{len(qp.transport.context.inflight)} requests of a ring of 15 are kept")
+                if len(qp.transport.sender.inflight) > qp.send_ring.capacity:
+                    raise Violation(f"{len(qp.transport.sender.inflight)} requests of a ring of 15 are kept")
 
     def end(self) -> None:
         """The program goes, and nothing of it is left."""

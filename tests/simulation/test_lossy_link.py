@@ -55,11 +55,12 @@ def run(link: Link, ops_a: list[Op], ops_b: list[Op], mtu: int, psn: int, reads:
     world.settle(5)
     forth.check_end()
     back.check_end()
-    for context in (end_a.context, end_b.context):
-        assert not context.inflight and not context.answers
-        assert context.una_psn == context.send_psn == context.next_psn
-        assert context.ack_deadline is None and context.rnr_deadline is None
-    assert end_a.context.una_psn == end_b.context.expected_psn
+    for here in (end_a, end_b):
+        sender = here.sender
+        assert not sender.inflight and not here.receiver.answers
+        assert sender.una_psn == sender.send_psn == sender.next_psn
+        assert sender.ack_deadline is None and sender.rnr_deadline is None
+    assert end_a.sender.una_psn == end_b.receiver.expected_psn
     return world
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from softroce_ext.simulation.hosts import BASE, End
 from softroce_ext.simulation.link import Link
-from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
+from softroce_ext.transport.state.queue_pair import QueuePairState
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import parse
@@ -48,9 +48,9 @@ def test_move_at_every_step(step: int, mover: str, keep_address: bool) -> None:
     scene.step(step % 7)  # sometimes the partner hears of it, sometimes not
     migrate(scene.world, moving, scene.hosts[2], keep_address=keep_address)
     scene.finish()
-    if moving.context.peer_migros and frames_of(scene.world, is_resume):
+    if moving.movement.peer_migros and frames_of(scene.world, is_resume):
         assert scene.total("resume_acked") == 1
-        assert moving.context.resume_acked_at is not None
+        assert moving.movement.resume_acked_at is not None
 
 
 def test_resume_ack_does_not_complete_what_never_arrived() -> None:
@@ -66,7 +66,7 @@ def test_resume_ack_does_not_complete_what_never_arrived() -> None:
     migrate(scene.world, scene.a, scene.hosts[2])
     scene.world.settle(0.05)
     acks = frames_of(scene.world, is_resume_ack)
-    assert acks and all(int.from_bytes(frame[51:54]) == scene.a.context.una_psn - 1 & 0xFFFFFF for frame in acks)
+    assert acks and all(int.from_bytes(frame[51:54]) == scene.a.sender.una_psn - 1 & 0xFFFFFF for frame in acks)
     assert len(scene.a.scq.entries) == completed
     scene.link.drop = None
     scene.world.run(lambda: len(scene.a.scq.entries) == completed + 1)
@@ -107,9 +107,9 @@ def test_both_ends_move_at_once(step: int, order: str) -> None:
     scene.step(step % 5)
     second.qp.stop()
     scene.step(2)
-    images = [json.loads(json.dumps(moving.context.to_plain())) for moving in (first, second)]
+    images = [json.loads(json.dumps(moving.state.to_plain())) for moving in (first, second)]
     for moving in (first, second):
-        moving.host.engine.remove_qp(moving.context.qpn)
+        moving.host.engine.remove_qp(moving.attributes.qpn)
     restore(scene.world, first, images[0], scene.hosts[2])
     scene.world.settle(0.3)  # its RESUMEs go nowhere yet
     restore(scene.world, second, images[1], scene.hosts[3])
@@ -119,15 +119,15 @@ def test_both_ends_move_at_once(step: int, order: str) -> None:
 def test_resume_to_a_stopped_partner_is_acknowledged_only_where_it_finally_runs() -> None:
     """One end moves to a new address while the other is stopped and dumped: the RESUME must reach the *new* place."""
     scene = Scene()
-    scene.world.run(lambda: scene.a.context.peer_migros)
+    scene.world.run(lambda: scene.a.movement.peer_migros)
     scene.a.qp.stop()
     scene.b.qp.stop()
-    image = json.loads(json.dumps(scene.b.context.to_plain()))
+    image = json.loads(json.dumps(scene.b.state.to_plain()))
     migrate(scene.world, scene.a, scene.hosts[2], keep_address=False)
     scene.world.settle(0.5)
-    assert scene.a.context.resume_pending and scene.a.qp.resume_settled
+    assert scene.a.movement.resume_pending and scene.a.qp.resume_settled
     assert not frames_of(scene.world, is_resume_ack)
-    scene.hosts[1].engine.remove_qp(scene.b.context.qpn)
+    scene.hosts[1].engine.remove_qp(scene.b.attributes.qpn)
     restore(scene.world, scene.b, image, scene.hosts[3])
     scene.finish()
 
@@ -139,7 +139,7 @@ def test_rollback(step: int) -> None:
     scene.step(step)
     moving = scene.b if step % 2 else scene.a
     moving.qp.stop()
-    moving.context.to_plain()
+    moving.state.to_plain()
     scene.world.settle(0.5)
     moving.qp.resume()
     scene.finish(limit=5.0)
@@ -171,7 +171,7 @@ def test_a_stock_partner_gets_silence(step: int, mover: str) -> None:
     scene.finish()
     assert not frames_of(scene.world, is_nak_stopped)
     assert not frames_of(scene.world, is_resume)
-    assert not scene.a.context.peer_migros or not scene.b.context.peer_migros
+    assert not scene.a.movement.peer_migros or not scene.b.movement.peer_migros
 
 
 def test_without_migros_no_reserved_bit_is_sent() -> None:
@@ -208,14 +208,14 @@ def test_an_end_in_rtr_moves(step: int, keep_address: bool, lost: int) -> None:
     world.run(direction.done, limit=10)
     world.settle(3)
     direction.check_end()
-    assert not b.context.resume_pending and not a.context.paused
-    assert b.context.state == QpState.RTR
+    assert not b.movement.resume_pending and not a.movement.paused
+    assert b.attributes.state == QpState.RTR
 
 
 def test_the_partner_of_an_end_in_rtr_moves() -> None:
     world, a, b, free = one_sided()
     direction = Direction(a, b, FORTH, 1)
-    world.run(lambda: a.context.peer_migros)
+    world.run(lambda: a.movement.peer_migros)
     a.qp.stop()
     migrate(world, a, free, keep_address=False)
     world.run(direction.done, limit=10)
@@ -227,18 +227,20 @@ def test_dump_is_complete_and_pure() -> None:
     scene = Scene(Link(5, 0.1, 0.1, 0.1))
 
     def check(here: End) -> None:
-        plain = here.context.to_plain()
-        again = QpContext.from_plain(json.loads(json.dumps(plain)))
-        assert again == here.context
+        plain = here.state.to_plain()
+        again = QueuePairState.from_plain(json.loads(json.dumps(plain)))
+        assert again == here.state
         assert again.to_plain() == plain
 
     while not scene.ends():
         scene.world.step()
         check(scene.a)
         check(scene.b)
-    for nonsense in ({}, {"version": 1}, {"version": 99}, {**scene.a.context.to_plain(), "inflight": [1]}):
+    plain = scene.a.state.to_plain()
+    broken = {**plain, "sender": {**plain["sender"], "inflight": [1]}}
+    for nonsense in ({}, {"version": 1}, {"version": plain["version"]}, {"version": 99}, broken, None):
         with pytest.raises(ValueError):
-            QpContext.from_plain(nonsense)
+            QueuePairState.from_plain(nonsense)
 
 
 def test_frames_of_the_move_are_as_the_paper_has_them() -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from softroce_ext.simulation.__main__ import attempt, main, run_chunk
 from softroce_ext.simulation.schedule import Plan
-from softroce_ext.transport import completer, engine, responder
-from softroce_ext.transport.qp import QueuePair
+from softroce_ext.transport import engine
+from softroce_ext.transport.rc import completer, responder
+from softroce_ext.transport.rc.queue_pair import RcQueuePair
 from softroce_ext.wire.frame import Packet, parse
 from softroce_ext.wire.headers import PSN_MASK
 from softroce_ext.wire.icrc import SEED_IPV4, crc32
@@ -115,8 +116,8 @@ def execute_duplicate_sends(monkeypatch: pytest.MonkeyPatch) -> None:
     honest: Callable[..., None] = responder._duplicate
 
     def again(qp: Any, packet: Packet, flags: int) -> None:
-        if flags & responder._SEND and not qp.context.message:
-            responder.send(qp, packet, flags, 0.0)
+        if flags & responder._SEND and not qp.receiver.message:
+            responder.execute_send(qp, packet, flags, 0.0)
         else:
             honest(qp, packet, flags)
 
@@ -127,23 +128,23 @@ def take_what_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     honest: Callable[..., None] = responder.receive_request
 
     def hasty(qp: Any, packet: Packet, flags: int, now: float) -> None:
-        if 0 < (packet.psn - qp.context.expected_psn & PSN_MASK) < 4 and flags & responder._WRITE:
-            qp.context.expected_psn = packet.psn
+        if 0 < (packet.psn - qp.receiver.expected_psn & PSN_MASK) < 4 and flags & responder._WRITE:
+            qp.receiver.expected_psn = packet.psn
         honest(qp, packet, flags, now)
 
-    monkeypatch.setattr("softroce_ext.transport.qp.responder.receive_request", hasty)
+    monkeypatch.setattr(responder, "receive_request", hasty)
 
 
 def forget_what_a_full_turn_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest: Callable[..., int] = QueuePair.transmit
+    honest: Callable[..., int] = RcQueuePair.transmit
 
-    def short(self: QueuePair, now: float, sink: engine.FrameSink, budget: int) -> int:
+    def short(self: RcQueuePair, now: float, sink: engine.FrameSink, budget: int) -> int:
         sent = honest(self, now, sink, budget)
-        if sent == budget and not self.context.answers:
+        if sent == budget and not self.receiver.answers:
             self.more = False
         return sent
 
-    monkeypatch.setattr(QueuePair, "transmit", short)
+    monkeypatch.setattr(RcQueuePair, "transmit", short)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 from softroce_ext.simulation.hosts import ALL_ACCESS, End, Host, connect, end, ip, mac, path_between, to_rts
 from softroce_ext.simulation.link import Link
 from softroce_ext.simulation.world import World
-from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
-from softroce_ext.transport.qp import QueuePair
+from softroce_ext.transport.services import make_queue_pair
+from softroce_ext.transport.state.queue_pair import QueuePairState
 from softroce_ext.transport.verbs import WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.headers import NAK_STOPPED
@@ -36,22 +36,23 @@ def migrate(world: World, old: End, host: Host, *, keep_address: bool = True, re
 
     `old` is changed in place: it is the same application, with its queue pair at another host.
     """
-    assert old.context.stopped
-    plain = json.loads(json.dumps(old.context.to_plain()))
-    old.host.engine.remove_qp(old.context.qpn)
+    assert old.movement.stopped
+    plain = json.loads(json.dumps(old.state.to_plain()))
+    old.host.engine.remove_qp(old.attributes.qpn)
     world.settle(restore_delay)
     return restore(world, old, plain, host, keep_address=keep_address)
 
 
 def restore(world: World, old: End, plain: dict[str, Any], host: Host, *, keep_address: bool = True) -> End:
     """Restore a dumped queue pair on `host` with the application's memory and queues, reroute, and resume it."""
-    context = QpContext.from_plain(plain)
-    assert context.path is not None
+    state = QueuePairState.from_plain(plain)
+    path = state.attributes.path
+    assert path is not None
     # A new address belongs to no host: the host's own may still be in use by another queue pair that took it along.
-    address = context.path.source_ip if keep_address else ip(100 + len(world.location))
-    path = context.path.replace(source_mac=mac(host.number), source_ip=address)
+    address = path.source_ip if keep_address else ip(100 + len(world.location))
+    path = path.replace(source_mac=mac(host.number), source_ip=address)
     # The application's memory and queues move with its process: the same objects serve.
-    qp = QueuePair(context, old.sq, old.rq, old.scq, old.rcq, old.pd, None, old.events)
+    qp = make_queue_pair(state, old.sq, old.rq, old.scq, old.rcq, old.pd, old.events)
     host.engine.add_qp(qp)
     world.location[address] = host
     qp.resume(path)
@@ -81,11 +82,12 @@ class Scene:
         self.forth.check_end()
         self.back.check_end()
         for here, there in ((self.a, self.b), (self.b, self.a)):
-            context = here.context
-            assert not (context.stopped or context.paused or context.resume_pending)
+            attributes = here.attributes
+            movement = here.movement
+            assert not (movement.stopped or movement.paused or movement.resume_pending)
             assert not here.events.seen
-            assert context.path is not None and there.context.path is not None
-            assert context.path.destination_ip == there.context.path.source_ip
+            assert attributes.path is not None and there.attributes.path is not None
+            assert attributes.path.destination_ip == there.attributes.path.source_ip
 
     def step(self, number: int) -> None:
         for _ in range(number):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from softroce_ext.simulation.hosts import BASE, End, Host, connect, end
 from softroce_ext.simulation.link import Link
 from softroce_ext.simulation.world import World
-from softroce_ext.transport.context import QpContext
+from softroce_ext.transport.state.queue_pair import QueuePairState
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.uverbs.hw_counters import rxe_view
 
@@ -37,7 +37,7 @@ def test_sends_and_receives_are_counted_by_message() -> None:
     assert raised(here.host) == {"rdma_sends": 1}
     assert raised(there.host) == {"rdma_recvs": 1}
     assert rxe_view(here.host.engine.counters)["sent_pkts"] == 9 == rxe_view(there.host.engine.counters)["rcvd_pkts"]
-    assert (here.context.completed_sends, there.context.completed_receives) == (3, 1)
+    assert (here.statistics.completed_sends, there.statistics.completed_receives) == (3, 1)
 
 
 def test_flushed_sends_count_and_flushed_receives_do_not() -> None:
@@ -48,7 +48,7 @@ def test_flushed_sends_count_and_flushed_receives_do_not() -> None:
     here.qp.modify({"qp_state": int(QpState.ERR)})
     assert len(here.scq.entries) == 2 and len(here.rcq.entries) == 1
     assert raised(here.host) == {"rdma_sends": 1}
-    assert (here.context.completed_sends, here.context.completed_receives) == (0, 0)
+    assert (here.statistics.completed_sends, here.statistics.completed_receives) == (0, 0)
 
 
 def test_retries_are_counted_when_they_begin_and_their_end_once() -> None:
@@ -57,7 +57,7 @@ def test_retries_are_counted_when_they_begin_and_their_end_once() -> None:
     world.run(lambda: bool(here.scq.entries))
     assert here.scq.entries[0].status == WcStatus.RETRY_EXC_ERR
     assert raised(here.host) == {"completer_retry_err": 3, "retry_exceeded_err": 1}
-    assert here.context.retransmits == here.host.engine.counters["retransmits"] == 3
+    assert here.statistics.retransmits == here.host.engine.counters["retransmits"] == 3
 
 
 def test_a_gap_is_one_out_of_seq_request_and_one_nak() -> None:
@@ -115,6 +115,10 @@ def test_statistics_of_a_queue_pair_survive_a_dump() -> None:
     there.receive(1, BASE, 64)
     here.post(WrOpcode.SEND, 1, BASE, 8)
     world.run(lambda: bool(here.scq.entries))
-    here.context.retransmits = 7
-    again = QpContext.from_plain(here.context.to_plain())
-    assert (again.completed_sends, again.completed_receives, again.retransmits) == (1, 0, 7)
+    here.statistics.retransmits = 7
+    again = QueuePairState.from_plain(here.state.to_plain())
+    assert (again.statistics.completed_sends, again.statistics.completed_receives, again.statistics.retransmits) == (
+        1,
+        0,
+        7,
+    )

@@ -17,7 +17,7 @@ def test_a_sequence_nak() -> None:
     deliver(scene, [nak], here=True)
     again = here.host.pull(0.0)
     deliver(scene, [nak], here=True)
-    assert here.context.state == QpState.RTS and not here.host.pull(0.0), "sent a second time"
+    assert here.attributes.state == QpState.RTS and not here.host.pull(0.0), "sent a second time"
     deliver(scene, again)
     deliver(scene, there.host.pull(0.0), here=True)
     assert [wc.status for wc in here.scq.entries] == [WcStatus.SUCCESS] * 3
@@ -30,7 +30,7 @@ def test_a_receiver_not_ready_nak() -> None:
     deliver(scene, here.host.pull(0.0))
     (nak,) = there.host.pull(0.0)
     deliver(scene, [nak, nak], here=True)
-    assert here.context.state == QpState.RTS
+    assert here.attributes.state == QpState.RTS
     there.receive(7, BASE, 10)
     scene.world.run(lambda: len(here.scq.entries) == 1)
     assert here.scq.entries[0].status == WcStatus.SUCCESS

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softroce_ext.simulation.hosts import ALL_ACCESS, BASE, ByteSink, Region
-from softroce_ext.transport.in_order import MAX_HELD, MAX_HELD_BY_ALL
+from softroce_ext.transport.rc.in_order import MAX_HELD, MAX_HELD_BY_ALL
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.wire import opcodes as op
 from softroce_ext.wire.frame import parse
@@ -115,7 +115,7 @@ def test_what_waits_goes_with_its_queue_pair(end: str) -> None:
     if end == "stop":
         qp.stop()
     elif end == "remove":
-        engine.remove_qp(qp.context.qpn)
+        engine.remove_qp(qp.attributes.qpn)
     else:
         qp.modify({"qp_state": QpState.RESET if end == "reset" else QpState.ERR})
     while engine.frames_to_send(0.0, ByteSink()):

@@ -32,7 +32,7 @@ class Scene:
         self.now = 0.0
 
     def inject(self, headers: bytes, payload: Buffer = b"", here: End | None = None) -> list[bytes]:
-        path = self.there.context.path
+        path = self.there.attributes.path
         assert path is not None
         sink = ByteSink()
         pad = -len(payload) & 3
@@ -90,7 +90,7 @@ def test_requests_out_of_rule(name: str, packets: list[tuple[int, bytes, tuple[i
     before = bytes(scene.here.ram.data[20000:])
     for number, (opcode, payload, reth, syndrome) in enumerate(packets):
         assert scene.request(opcode, 500 + number, payload, reth=reth) == syndrome, name
-    assert scene.here.context.state == QpState.ERR
+    assert scene.here.attributes.state == QpState.ERR
     assert scene.here.ram.data[20000:] == before
     assert [wc.status for wc in scene.here.rcq.entries] in ([WcStatus.REM_INV_REQ_ERR], [WcStatus.WR_FLUSH_ERR])
 
@@ -103,7 +103,7 @@ def test_psn_rules_of_the_responder() -> None:
     assert scene.request(op.WRITE_ONLY, 500, b"dup!", reth=(BASE, 1, 4)) == 0x1F
     assert scene.request(op.SEND_ONLY, 400, b"old?") == 0x1F
     assert scene.here.ram.data[:4] == b"here"
-    assert scene.here.context.msn == 1
+    assert scene.here.receiver.msn == 1
     assert scene.request(op.WRITE_ONLY, 502, b"gap!", reth=(BASE, 1, 4)) == SEQUENCE
 
 
@@ -117,7 +117,7 @@ def test_duplicate_read_must_be_the_read_that_was() -> None:
     assert [frame[42] for frame in scene.inject(BTH_RETH.pack(*tail, BASE + 2048, 1, 952))] == [op.READ_RESPONSE_LAST]
     for lie in ((BASE + 1, 1, 3000), (BASE, 2, 3000), (BASE, 1, 3001), (BASE, 1, 2000)):
         assert scene.inject(BTH_RETH.pack(*words, *lie)) == []
-    assert scene.here.context.state == QpState.RTS
+    assert scene.here.attributes.state == QpState.RTS
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_naks(syndrome: int, status: WcStatus) -> None:
     scene.host.pull(0.0)
     scene.answer(op.ACKNOWLEDGE, 101, aeth=syndrome << 24)
     assert scene.statuses == [WcStatus.SUCCESS, status, WcStatus.WR_FLUSH_ERR]
-    assert scene.here.context.state == QpState.ERR
+    assert scene.here.attributes.state == QpState.ERR
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_acks_that_cannot_be_true_complete_nothing(name: str, psn: int, aeth: in
         scene.here.post(WrOpcode.SEND, number, BASE, 8)
     scene.host.pull(0.0)
     scene.answer(op.ACKNOWLEDGE, psn, aeth=aeth)
-    assert scene.statuses == [] and scene.here.context.state == QpState.RTS
+    assert scene.statuses == [] and scene.here.attributes.state == QpState.RTS
     scene.answer(op.ACKNOWLEDGE, 102, aeth=0x00000077)  # coalesced, no credits, a wrong MSN: as good as any
     assert scene.statuses == [WcStatus.SUCCESS] * 3
 
@@ -187,7 +187,7 @@ def test_a_plain_ack_completes_no_read_or_atomic(kind: WrOpcode) -> None:
     scene = Scene()
     scene.here.post(kind, 1, BASE, 8)
     scene.host.pull(0.0)
-    path = scene.there.context.path
+    path = scene.there.attributes.path
     assert path is not None
     sink = ByteSink()
     for _ in range(5):
@@ -215,7 +215,7 @@ def test_atomic_ack_for_a_send_and_read_response_for_an_atomic() -> None:
 )
 def test_packets_for_somebody_else(change: str, counter: str) -> None:
     scene = Scene()
-    path = scene.there.context.path
+    path = scene.there.attributes.path
     assert path is not None
     if change == "source":
         path = path.replace(source_ip=b"\n\0\0\x09")
@@ -251,7 +251,7 @@ def test_rnr_then_ready() -> None:
 def test_noise_never_raises(frames: list[bytes]) -> None:
     scene = Scene()
     scene.host.turn(frames, 0.0)
-    assert scene.here.context == Scene().here.context
+    assert scene.here.state == Scene().here.state
 
 
 words = st.tuples(

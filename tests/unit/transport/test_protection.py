@@ -22,7 +22,7 @@ def outcome(scene: Pair) -> tuple[int, list[int]]:
     """The status of the first completion here, and of the receives there; both QPs are in ERR, ours flushed."""
     scene.world.run(lambda: bool(scene.here.scq.entries))
     scene.world.settle(0.5)
-    assert scene.here.context.state == scene.there.context.state == QpState.ERR
+    assert scene.here.attributes.state == scene.there.attributes.state == QpState.ERR
     return scene.here.scq.entries[0].status, [wc.status for wc in scene.there.rcq.entries]
 
 
@@ -44,7 +44,7 @@ def test_a_late_duplicate_of_a_read_whose_key_was_taken_back_is_ignored(together
     world.send(answers)
     world.run(lambda: len(here.scq.entries) == 2)
     assert [wc.status for wc in (*here.scq.entries, *there.rcq.entries)] == [WcStatus.SUCCESS] * 3
-    assert 2 not in there.pd.regions and scene.there.context.state == QpState.RTS
+    assert 2 not in there.pd.regions and scene.there.attributes.state == QpState.RTS
     here.post(WRITE, 3, BASE, 8)
     world.run(lambda: len(here.scq.entries) == 3)
 
@@ -92,7 +92,7 @@ REMOTE = {
 def test_remote_access(name: str) -> None:
     case = REMOTE[name]
     scene = pair()
-    scene.there.context.qp_access_flags = case.qp_access
+    scene.there.attributes.qp_access_flags = case.qp_access
     scene.there.pd.regions[1] = Region(BASE, 65536, case.region_access)
     before = bytes(scene.there.ram.data)
     scene.there.receive(50, length=64)
@@ -132,7 +132,7 @@ def test_local_access(fault: str, opcode: WrOpcode) -> None:
     assert [wc.status for wc in scene.here.scq.entries] == [
         WcStatus.SUCCESS, WcStatus.LOC_PROT_ERR, WcStatus.WR_FLUSH_ERR,
     ]  # fmt: skip
-    assert scene.here.context.state == QpState.ERR
+    assert scene.here.attributes.state == QpState.ERR
 
 
 def test_read_needs_local_write() -> None:
@@ -319,7 +319,7 @@ def test_send_with_invalidate_of_a_key_that_cannot_be() -> None:
     scene.world.run(lambda: bool(scene.here.scq.entries))
     assert [wc.status for wc in scene.here.scq.entries] == [WcStatus.SUCCESS]
     assert [wc.status for wc in scene.there.rcq.entries] == [WcStatus.REM_INV_REQ_ERR, WcStatus.WR_FLUSH_ERR]
-    assert (scene.here.context.state, scene.there.context.state) == (QpState.RTS, QpState.ERR)
+    assert (scene.here.attributes.state, scene.there.attributes.state) == (QpState.RTS, QpState.ERR)
 
 
 def test_local_operations_complete_in_order_and_once() -> None:

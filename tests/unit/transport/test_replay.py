@@ -142,10 +142,10 @@ class Replay:
     def pull(self, now: float) -> None:
         while True:
             sink = ByteSink()
-            assert self.end.context.path is not None
+            assert self.end.attributes.path is not None
             number = len(self.emitted)
             if number < len(self.own):
-                self.end.context.path.ip_id = self.own[number].ip_id
+                self.end.attributes.path.ip_id = self.own[number].ip_id
             sink.room = 1  # one at a time, for the capture's own identification
             if not self.host.engine.frames_to_send(now, sink):
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 from softroce_ext.simulation.hosts import ALL_ACCESS, End, Host, connect, end, path_between, to_rts
 from softroce_ext.simulation.world import World
 from softroce_ext.transport.interfaces import RecvWqe
-from softroce_ext.transport.qp import InvalidTransition
-from softroce_ext.transport.states import ATTRIBUTES, BY_TYPE, TRANSITIONS
+from softroce_ext.transport.states import ATTRIBUTES, BY_TYPE, TRANSITIONS, InvalidTransition
 from softroce_ext.transport.verbs import QpEvent, QpState, WcStatus, WrOpcode
 from softroce_ext.wire.frame import Path
 
@@ -36,15 +34,15 @@ def bring_to(state: QpState) -> End:
         here.qp.modify({"qp_state": QpState.ERR})
         return here
     for before, after in pairwise(ORDER):
-        if here.context.state == state:
+        if here.attributes.state == state:
             break
         here.qp.modify({"qp_state": after, **{n: VALUES[n] for n in TRANSITIONS[before, after].required}})
-    assert here.context.state == state
+    assert here.attributes.state == state
     return here
 
 
 def snapshot(here: End) -> dict[str, Any]:
-    return {item.name: getattr(here.context, item.name) for item in dataclasses.fields(here.context)}
+    return here.state.to_plain()
 
 
 @pytest.mark.parametrize("target", QpState)
@@ -69,10 +67,10 @@ def test_every_pair_of_states(state: QpState, target: QpState) -> None:
                 here.qp.modify({"qp_state": target, extra: VALUES[extra], **{n: VALUES[n] for n in row.required}})
     names = row.required | row.optional
     here.qp.modify({"qp_state": target, "cur_qp_state": state, **{n: VALUES[n] for n in names}})
-    assert here.context.state == target
+    assert here.attributes.state == target
     if target not in (QpState.RESET, QpState.ERR):
         for name in names - {"alt_path"}:
-            assert getattr(here.context, name) == VALUES[name]
+            assert getattr(here.attributes, name) == VALUES[name]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +85,7 @@ def test_values_out_of_range(name: str, value: object) -> None:
     needed = TRANSITIONS[QpState.INIT, QpState.RTR].required
     with pytest.raises(InvalidTransition):
         here.qp.modify({"qp_state": QpState.RTR, **{n: VALUES[n] for n in needed}, name: value})
-    assert here.context.state == QpState.INIT
+    assert here.attributes.state == QpState.INIT
 
 
 def test_wrong_supposed_state_and_nonsense() -> None:
@@ -111,7 +109,7 @@ def test_depths_are_powers_of_two(asked: int, had: int) -> None:
     for before, after in pairwise((QpState.INIT, QpState.RTR, QpState.RTS)):
         values = {**VALUES, "max_rd_atomic": asked, "max_dest_rd_atomic": asked}
         here.qp.modify({"qp_state": after, **{n: values[n] for n in TRANSITIONS[before, after].required}})
-    assert (here.context.max_rd_atomic, here.context.max_dest_rd_atomic) == (had, had)
+    assert (here.attributes.max_rd_atomic, here.attributes.max_dest_rd_atomic) == (had, had)
 
 
 def test_a_receive_whose_completion_is_lost_ends_its_queue_pair() -> None:
@@ -123,10 +121,10 @@ def test_a_receive_whose_completion_is_lost_ends_its_queue_pair() -> None:
     for number in range(10):
         there.receive(number, length=10)
         here.post(WrOpcode.SEND, number, length=10)
-    World(a, b).run(lambda: there.context.state == QpState.ERR)
+    World(a, b).run(lambda: there.attributes.state == QpState.ERR)
     assert [wc.wr_id for wc in there.rcq.entries] == [0, 1, 2]
-    assert there.context.state == QpState.ERR
-    assert here.context.state == QpState.RTS
+    assert there.attributes.state == QpState.ERR
+    assert here.attributes.state == QpState.RTS
     assert len(here.scq.entries) <= 1
 
 
@@ -149,13 +147,13 @@ def test_a_lost_completion_s_message_is_not_acknowledged(room: int) -> None:
     statuses = [WcStatus.SUCCESS] * good + [WcStatus.RETRY_EXC_ERR, *[WcStatus.WR_FLUSH_ERR] * len(requests)]
     assert [wc.status for wc in here.scq.entries] == statuses[: len(requests)]
     assert len(there.rcq.entries) == min(room, len(taking))
-    assert (there.context.state == QpState.ERR) == (room < len(taking))
+    assert (there.attributes.state == QpState.ERR) == (room < len(taking))
 
 
 def test_psns_are_taken_over() -> None:
     here = bring_to(QpState.RTS)
-    assert here.context.expected_psn == VALUES["rq_psn"]
-    assert here.context.una_psn == here.context.send_psn == here.context.next_psn == VALUES["sq_psn"]
+    assert here.receiver.expected_psn == VALUES["rq_psn"]
+    assert here.sender.una_psn == here.sender.send_psn == here.sender.next_psn == VALUES["sq_psn"]
 
 
 def test_reset_forgets_everything_but_its_number() -> None:

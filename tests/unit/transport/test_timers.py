@@ -28,7 +28,7 @@ def test_local_ack_timeout(code: int, seconds: float) -> None:
     assert times == pytest.approx([0, seconds, 2 * seconds], abs=1e-6)
     assert world.now - start == pytest.approx(3 * seconds, abs=1e-6)
     assert here.scq.entries[0].status == WcStatus.RETRY_EXC_ERR
-    assert here.context.state == QpState.ERR
+    assert here.attributes.state == QpState.ERR
 
 
 def test_a_timeout_shorter_than_the_way_is_prolonged_and_shortened_again() -> None:
@@ -138,7 +138,7 @@ def test_rnr_wait(code: int) -> None:
     for before, after in pairwise(sends):
         assert RNR_TIMER[code] / 1000 <= after - before < RNR_TIMER[code] / 1000 + 1e-3
     assert [wc.status for wc in here.scq.entries] == [WcStatus.RNR_RETRY_EXC_ERR, WcStatus.WR_FLUSH_ERR]
-    assert there.context.state == QpState.RTS
+    assert there.attributes.state == QpState.RTS
 
 
 def test_retries_are_fresh_after_progress() -> None:
@@ -169,11 +169,15 @@ def test_gap_statistics() -> None:
     for pause in (0.1, 3.0, 0.5):
         here.post(WrOpcode.RDMA_WRITE, 1, BASE, 8)
         world.settle(pause)
-        ends.append(here.context.gap_last)
-    assert here.context.gap_longest == pytest.approx(3.0)
-    assert here.context.gap_longest_end == ends[2]
-    here.context.reset_gaps()
-    assert here.context.gap_last is None and here.context.gap_longest == 0.0 and here.context.gap_longest_end is None
+        ends.append(here.statistics.gap_last)
+    assert here.statistics.gap_longest == pytest.approx(3.0)
+    assert here.statistics.gap_longest_end == ends[2]
+    here.statistics.reset_gaps()
+    assert (
+        here.statistics.gap_last is None
+        and here.statistics.gap_longest == 0.0
+        and here.statistics.gap_longest_end is None
+    )
 
 
 def test_next_timer_is_never_late() -> None:
@@ -184,7 +188,7 @@ def test_next_timer_is_never_late() -> None:
 
     def check() -> None:
         for one in (here, there):
-            deadlines = [d for d in (one.context.ack_deadline, one.context.rnr_deadline) if d is not None]
+            deadlines = [d for d in (one.sender.ack_deadline, one.sender.rnr_deadline) if d is not None]
             if deadlines:
                 announced = one.host.engine.next_timer()
                 assert announced is not None and announced <= min(deadlines)

@@ -22,10 +22,12 @@ from softroce_ext.simulation.hosts import (
     WorkQueue,
     path_between,
 )
-from softroce_ext.transport.context import QpContext
 from softroce_ext.transport.engine import EngineConfig
 from softroce_ext.transport.interfaces import ProtectionError, SendWqe, Sge
-from softroce_ext.transport.qp import InvalidTransition, QueuePair
+from softroce_ext.transport.services import make_queue_pair
+from softroce_ext.transport.state.attributes import Attributes
+from softroce_ext.transport.state.queue_pair import QueuePairState
+from softroce_ext.transport.states import InvalidTransition
 from softroce_ext.transport.verbs import QpState, QpType, SendFlag, WcOpcode, WcStatus, WrOpcode
 from softroce_ext.wire.frame import Path
 from softroce_ext.wire.headers import DETH
@@ -58,7 +60,7 @@ def make(number: int, qpn: int, kind: QpType, migros: bool = True) -> End:
     pd = UdPd(ram)
     pd.regions[1] = Region(BASE, MEMORY, ALL_ACCESS)
     sq, rq, scq, rcq, events = WorkQueue(), WorkQueue(), Cq(), Cq(), Events()
-    qp = QueuePair(QpContext(qpn, qp_type=kind), sq, rq, scq, rcq, pd, None, events)
+    qp = make_queue_pair(QueuePairState(Attributes(qpn, kind)), sq, rq, scq, rcq, pd, events)
     host.engine.add_qp(qp)
     return End(qp, ram, pd, sq, rq, scq, rcq, events, host)
 
@@ -227,7 +229,7 @@ def test_uc_write_beyond_its_region_is_dropped_and_nothing_else() -> None:
     a.post(WrOpcode.RDMA_WRITE, 2, BASE, 600, remote_address=BASE, rkey=77)
     assert b.host.turn(a.host.pull(0.0), 0.0) == []
     assert bytes(b.ram.data) == before
-    assert b.context.state == QpState.RTS and not b.events.seen
+    assert b.attributes.state == QpState.RTS and not b.events.seen
     assert b.host.engine.counters["dropped_invalid_request"] == 2
     a.ram.data[:600] = b"\x42" * 600
     a.post(WrOpcode.RDMA_WRITE, 3, BASE, 600, remote_address=BASE + 1000)
@@ -243,7 +245,7 @@ def test_uc_receive_that_is_too_short_ends_the_queue_pair() -> None:
     a.post(WrOpcode.SEND, 1, BASE, 60)
     assert b.host.turn(a.host.pull(0.0), 0.0) == []
     assert [(wc.wr_id, wc.status) for wc in b.rcq.entries] == [(1, WcStatus.LOC_QP_OP_ERR), (2, WcStatus.WR_FLUSH_ERR)]
-    assert b.context.state == QpState.ERR
+    assert b.attributes.state == QpState.ERR
     assert [wc.status for wc in a.scq.entries] == [0]
 
 
@@ -259,8 +261,8 @@ def test_memory_that_is_gone_is_not_answered(kind: QpType) -> None:
         post_datagram(a, 1, 100)
     assert b.host.turn(a.host.pull(0.0), 0.0) == []
     assert [(wc.wr_id, wc.status) for wc in b.rcq.entries] == [(1, WcStatus.LOC_PROT_ERR)]
-    assert b.context.state == QpState.ERR
-    assert not b.context.answers
+    assert b.attributes.state == QpState.ERR
+    assert not b.receiver.answers
     assert b.host.engine.counters["send_fatal_nak"] == 0
 
 
@@ -277,7 +279,7 @@ def test_uc_refuses_what_it_does_not_have(opcode: WrOpcode) -> None:
     a.post(opcode, 9, BASE, 8)
     assert a.host.pull(0.0) == []
     assert [(wc.wr_id, wc.status) for wc in a.scq.entries] == [(9, WcStatus.LOC_QP_OP_ERR)]
-    assert a.context.state == QpState.ERR
+    assert a.attributes.state == QpState.ERR
 
 
 def test_uc_stopped_in_the_middle_goes_on_where_it_was() -> None:
@@ -290,9 +292,9 @@ def test_uc_stopped_in_the_middle_goes_on_where_it_was() -> None:
     assert a.host.engine.frames_to_send(0.0, sink) == 3
     a.qp.stop()
     assert a.host.pull(0.0) == []
-    restored = QpContext.from_plain(a.context.to_plain())
+    restored = QueuePairState.from_plain(a.state.to_plain())
     a.host.engine.remove_qp(0x11)
-    qp = QueuePair(restored, a.sq, a.rq, a.scq, a.rcq, a.pd, None, a.events)
+    qp = make_queue_pair(restored, a.sq, a.rq, a.scq, a.rcq, a.pd, a.events)
     a.host.engine.add_qp(qp)
     qp.resume(None)
     rest = a.host.pull(0.0)

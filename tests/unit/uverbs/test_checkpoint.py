@@ -21,8 +21,8 @@ from softroce_ext.device import checkpoint, image
 from softroce_ext.device.context import AddressHandle, Context
 from softroce_ext.device.errors import ImageError
 from softroce_ext.device.regions import MemoryRegion, ProtectionDomain
-from softroce_ext.transport.context import Acknowledge, ReadAnswer, ResponderResource
 from softroce_ext.transport.interfaces import ProtectionError, SendWqe, WorkCompletion
+from softroce_ext.transport.state.receiver import Acknowledge, ReadAnswer, ResponderResource
 from softroce_ext.transport.verbs import Access, QpState, WrOpcode
 from softroce_ext.uverbs.abi import Command
 from softroce_ext.uverbs.channel import FileChannel
@@ -96,7 +96,7 @@ def test_round_trip(full: Program, second_upper: Make, tmp_path: Path) -> None:
     before, _ = image.read(first)
     after, _ = image.read(written(other, tmp_path / "second"))
     # Only the way out differs: the frames carry the new host's MAC.
-    there, here = before.contexts[0].qps[0].context, after.contexts[0].qps[0].context
+    there, here = (dump.contexts[0].qps[0].state["attributes"] for dump in (before, after))
     assert WirePath.from_plain(here["path"]).source_mac == other.adapter.mac
     here["path"]["source_mac"] = there["path"]["source_mac"]
     for ah, ah_there in zip(after.contexts[0].ahs, before.contexts[0].ahs, strict=True):
@@ -107,14 +107,15 @@ def test_round_trip(full: Program, second_upper: Make, tmp_path: Path) -> None:
 
 def test_a_read_that_was_being_answered(full: Program, second_upper: Make, tmp_path: Path) -> None:
     """Its memory is not there before the program is: the partner asks again. Its queue pair must not fail for it."""
-    context = full.context.queue_pairs[0].transport.context
-    resource = ResponderResource(100, 4, 1, False, 0, address_of(MEMORY), 1, 4 * context.path_mtu)
-    context.resources.append(resource)
-    context.answers.extend([Acknowledge(99, 31, 0), ReadAnswer(resource, 2)])
+    transport = full.context.queue_pairs[0].transport
+    receiver = transport.receiver
+    resource = ResponderResource(100, 4, 1, False, 0, address_of(MEMORY), 1, 4 * transport.attributes.path_mtu)
+    receiver.resources.append(resource)
+    receiver.answers.extend([Acknowledge(99, 31, 0), ReadAnswer(resource, 2)])
     (moved,) = restored(second_upper(), written(full.upper, tmp_path / "image"))
-    after = moved.queue_pairs[0].transport.context
+    after = moved.queue_pairs[0].transport.receiver
     assert [type(answer) for answer in after.answers] == [Acknowledge]
-    assert list(after.resources) == list(context.resources), "it can be answered when it is asked for again"
+    assert list(after.resources) == list(receiver.resources), "it can be answered when it is asked for again"
 
 
 def test_an_answer_that_a_datagram_queue_pair_had(program: Program, second_upper: Make, tmp_path: Path) -> None:
@@ -122,14 +123,14 @@ def test_an_answer_that_a_datagram_queue_pair_had(program: Program, second_upper
     made = program.objects()
     qp = struct.pack("<QIIIIIIIIIBBBx", 0xD1, made["pd"], made["cq"], made["cq"], 0, 1, 1, 1, 1, 0, 0, 4, 0)
     handle, _ = struct.unpack_from("<II", program.call(Command.CREATE_QP, qp, 64))
-    failed = program.context.objects[handle].transport.context
-    failed.state = QpState.ERR
-    failed.answers.append(Acknowledge(0, 0x64, 0))
+    failed = program.context.objects[handle].transport
+    failed.attributes.state = QpState.ERR
+    failed.receiver.answers.append(Acknowledge(0, 0x64, 0))
     program.context.held = True
     for queue_pair in program.context.queue_pairs:
         queue_pair.transport.stop()
     (moved,) = restored(second_upper(), written(program.upper, tmp_path / "image"))
-    assert not moved.objects[handle].transport.context.answers
+    assert not moved.objects[handle].transport.receiver.answers
 
 
 def test_address_handles_that_moved_here_share_their_numbers(full: Program, second_upper: Make, tmp_path: Path) -> None:
@@ -211,10 +212,10 @@ def test_an_address_that_changes(full: Program, second_upper: Make, tmp_path: Pa
     here = bytes([10, 0, 0, 9])
     for base, addresses, expected in ((2, {IP: here}, here), (3, None, IP)):
         (context,) = restored(second_upper(base), path, addresses)
-        qp_path = context.queue_pairs[0].transport.context.path
+        qp_path = context.queue_pairs[0].transport.attributes.path
         assert qp_path is not None and qp_path.source_ip == expected
         # Nothing was ever sent on it: its partner must hear of another address all the same.
-        assert context.queue_pairs[0].transport.context.resume_pending == (addresses is not None)
+        assert context.queue_pairs[0].transport.movement.resume_pending == (addresses is not None)
 
 
 def test_what_is_here_is_not_overwritten(full: Program, second_upper: Make, tmp_path: Path) -> None:
@@ -255,10 +256,13 @@ def test_every_damaged_byte_is_noticed(full: Program, second_upper: Make, tmp_pa
         (lambda c: c["pds"].clear(), "refers to handle"),
         (lambda c: c["pds"].append(c["pds"][0]), "two objects have handle"),
         (lambda c: c["qps"][0].update(send_cq=c["pds"][0]["handle"]), "its completion queues are something else"),
-        (lambda c: c["qps"][0]["context"].update(version=99), "not a queue pair context"),
-        (lambda c: c["qps"][0]["context"].pop("una_psn"), r"context.una_psn is missing"),
-        (lambda c: c["qps"][0]["context"].update(una_psn="7"), r"context.una_psn is '7', expected int"),
-        (lambda c: c["qps"][0]["context"].update(gap_last="x"), r"context.gap_last is 'x', expected a number"),
+        (lambda c: c["qps"][0]["state"].update(version=99), "version 99, this NIC reads"),
+        (lambda c: c["qps"][0]["state"]["sender"].pop("una_psn"), r"sender.una_psn is missing"),
+        (lambda c: c["qps"][0]["state"]["sender"].update(una_psn="7"), r"sender.una_psn is '7', expected int"),
+        (
+            lambda c: c["qps"][0]["state"]["statistics"].update(gap_last="x"),
+            r"statistics.gap_last is 'x', expected a number",
+        ),
         (lambda c: c["qps"][0]["send_ring"].update(offset=c["cqs"][0]["ring"]["offset"]), "overlap"),
         (lambda c: c["cqs"][0]["ring"].update(mask=6), "no powers of two"),
         (lambda c: c["cqs"][0].update(notify=7), r"contexts.0.cqs.0.notify: Input should be less"),

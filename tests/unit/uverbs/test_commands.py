@@ -230,7 +230,7 @@ def test_masks_that_no_transition_takes(program: Program, mask: int, state: int,
     """As Linux rxe refuses them, and nothing has changed."""
     made = program.objects()
     program.call(Command.MODIFY_QP, modify(made["qp"], mask, state), error=number)
-    assert program.context.queue_pairs[0].transport.context.state == RESET
+    assert program.context.queue_pairs[0].transport.attributes.state == RESET
 
 
 @pytest.mark.parametrize(

@@ -47,14 +47,14 @@ def test_a_doorbell_as_a_command(program: Program) -> None:
 
     post(0, 128, errno.EINVAL)  # RESET
     qp = program.context.queue_pairs[0]
-    qp.transport.context.state = QpState.RTS
+    qp.transport.attributes.state = QpState.RTS
     post(0, 128)
     post(1, 128)
     post(2, 128, errno.EINVAL)
     post(1, 64, errno.EINVAL)
     post(0, 128, errno.ENOENT, 0x7FFF)
     post(0, 128, errno.EINVAL, made["pd"])
-    qp.transport.context.state = QpState.RESET
+    qp.transport.attributes.state = QpState.RESET
 
 
 GROUP = bytes(10) + b"\xff\xff" + bytes([239, 0, 0, 1])

@@ -1,25 +1,23 @@
 """Unreliable datagrams (IBA 9.8.3): one packet is one message, to and from any queue pair that knows the Q_Key.
 
 The first 40 bytes of a receive are the GRH: the packet's own IPv6 header, or 20 zeros and its IPv4 header. A datagram
-that finds no receive, or one too short, is dropped in silence.
+that finds no receive, or one too short, is dropped without an answer.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from softroce_ext.transport import completion, migros
-from softroce_ext.transport.context import SendRecord
-from softroce_ext.transport.interfaces import MemoryFault, ProtectionError, SendWqe
-from softroce_ext.transport.qp import QueuePair
-from softroce_ext.transport.requester import message_data
-from softroce_ext.transport.responder import fetch_receive
-from softroce_ext.transport.scatter import resolve, scatter
+from softroce_ext.transport.interfaces import FrameSink, MemoryFault, ProtectionError, SendWqe
+from softroce_ext.transport.queue_pair import QueuePair
+from softroce_ext.transport.reassembly import fetch_receive
+from softroce_ext.transport.scatter import scatter
+from softroce_ext.transport.segmentation import message_data
+from softroce_ext.transport.state.movement import STOPPED_STATES
 from softroce_ext.transport.verbs import (
-    Access,
+    CONNECTED,
     QpEvent,
     QpState,
-    QpType,
     SendFlag,
     WcFlag,
     WcOpcode,
@@ -34,15 +32,13 @@ from softroce_ext.wire.headers import (
     DETH,
     PAD_SHIFT,
     PKEY_DEFAULT,
+    PKEY_MASK,
     PKEY_PARTITION,
-    PSN_MASK,
     QKEY_PRIVILEGED,
     SOLICITED,
 )
+from softroce_ext.wire.opcodes import TRANSPORT_MASK
 from softroce_ext.wire.path import Path
-
-if TYPE_CHECKING:
-    from softroce_ext.transport.engine import FrameSink
 
 GRH_BYTES = 40
 
@@ -52,14 +48,12 @@ _WITH_IMM = int(WrOpcode.SEND_WITH_IMM)
 _MAX_PATHS = 1024
 
 
-class DatagramQueuePair(QueuePair, qp_type=QpType.UD):
+class UdQueuePair(QueuePair):
     """A UD queue pair."""
 
     __slots__ = ("_paths",)
 
     service: ClassVar[int] = op.UD
-    ack_request: ClassVar[int] = 0
-    announces_migros: ClassVar[bool] = False
 
     def __init__(self, *parts: Any) -> None:
         """As `QueuePair`."""
@@ -67,28 +61,27 @@ class DatagramQueuePair(QueuePair, qp_type=QpType.UD):
         self._paths: dict[int, tuple[Path, Path]] = {}
         """By address handle: its path, and the same with this queue pair's UDP source port."""
 
-    # --- receiving ---
+    # -- receiving -------------------------------------------------------------------------------------------------
 
     def receive(self, packet: Packet, now: float) -> None:
         """HOT. Take a packet that names this queue pair, or a multicast group that it is in."""
-        context = self.context
-        counters = self.counters
-        if packet.opcode & 0xE0 != op.UD or context.state not in migros.CONNECTED:
+        attributes, receiver, counters = self.attributes, self.receiver, self.counters
+        if packet.opcode & TRANSPORT_MASK != op.UD or attributes.state not in CONNECTED:
             counters["refused_state"] += 1
             return
-        if packet.first_word & 0x7FFF != PKEY_PARTITION:
+        if packet.first_word & PKEY_MASK != PKEY_PARTITION:
             counters["refused_pkey"] += 1
             return
         qkey, source = DETH.unpack_from(packet.raw, packet.headers_at)
-        if qkey != context.qkey:
+        if qkey != attributes.qkey:
             counters["refused_qkey"] += 1
             return
-        if context.stopped:
+        if self.movement.state in STOPPED_STATES:
             counters["dropped_stopped"] += 1
             return
-        if context.recv_wqe is None and not fetch_receive(self, packet.psn):
+        if receiver.recv_wqe is None and not fetch_receive(self, packet.psn):
             return
-        receive = context.recv_wqe
+        receive = receiver.recv_wqe
         payload = packet.payload
         if receive is None or GRH_BYTES + len(payload) > receive.length or len(payload) > self.engine.port_mtu:
             counters["dropped_length"] += 1
@@ -97,53 +90,50 @@ class DatagramQueuePair(QueuePair, qp_type=QpType.UD):
             self.touched = True
             self.engine.touched.append(self)
         try:
-            segments = resolve(self.pd, receive.sges, Access.LOCAL_WRITE)
-            for segment in segments:
-                self.will_write(segment[1], True)
+            segments = self.resolve_for_writing(receive.sges, True)
             scatter(segments, 0, memoryview(packet.grh()))
             if payload:
                 scatter(segments, GRH_BYTES, payload)
         except (ProtectionError, MemoryFault):
-            completion.enter_error(self, WcStatus.LOC_QP_OP_ERR, QpEvent.QP_FATAL)
+            self.enter_error(WcStatus.LOC_QP_OP_ERR, QpEvent.QP_FATAL)
             return
         imm, flags = 0, 0
         if packet.opcode == op.UD | op.SEND_ONLY_IMM:
             at = packet.headers_at + DETH.size
             imm, flags = int.from_bytes(packet.raw[at : at + 4], "little"), int(WcFlag.WITH_IMM)
-        completion.complete_receive(
-            self, now, WcOpcode.RECV, GRH_BYTES + len(payload), imm, flags,
+        self.complete_receive(
+            now, WcOpcode.RECV, GRH_BYTES + len(payload), imm, flags,
             bool(packet.first_word & SOLICITED), source & 0xFFFFFF,
         )  # fmt: skip
 
-    # --- sending ---
+    # -- sending ---------------------------------------------------------------------------------------------------
 
     def transmit(self, now: float, sink: FrameSink, budget: int) -> int:
         """HOT. Send up to `budget` datagrams; returns how many. `more` says whether there would have been more."""
-        context = self.context
-        if not completion.may_send(self):
+        if not self.may_send():
             return 0
+        sender = self.sender
         sent = 0
         while sent < budget:
-            wqe = self.send_queue.fetch() if context.state == _RTS else None
+            wqe = self.send_queue.fetch() if self.attributes.state == _RTS else None
             if wqe is None:
                 break
-            record = SendRecord(wqe, context.send_psn, 1)
-            context.inflight.append(record)
+            record = sender.admit(wqe, 0)  # it gets a PSN only if it is sent
             record.status = self._send(wqe, sink)
             if record.status:
-                completion.settle(self, now)
+                self.settle(now)
                 return sent
             sent += 1
-            completion.retire_oldest(self, now)
+            self.retire_oldest(now)
         else:
             self.more = True
-        if context.sq_draining:
-            completion.check_drained(self)
+        if sender.sq_draining:
+            self.check_drained()
         return sent
 
     def _send(self, wqe: SendWqe, sink: FrameSink) -> int:
         """HOT. Send one datagram; returns 0 or the WcStatus with which it failed."""
-        context = self.context
+        attributes = self.attributes
         opcode = _OPCODES.get(wqe.opcode)
         if opcode is None or wqe.destination is None:
             return WcStatus.LOC_QP_OP_ERR
@@ -151,26 +141,25 @@ class DatagramQueuePair(QueuePair, qp_type=QpType.UD):
             return 0  # no packet and no error (IBA C10-93.1.1)
         ah_number, remote, qkey = wqe.destination
         if qkey & QKEY_PRIVILEGED:
-            qkey = context.qkey
+            qkey = attributes.qkey
         try:
             path = self._path(ah_number)
         except ProtectionError:
             return WcStatus.LOC_QP_OP_ERR
         try:
-            data = message_data(self, wqe, 0, wqe.length)
+            data = message_data(self.pd, wqe, 0, wqe.length)
         except (ProtectionError, MemoryFault, ValueError):
             return WcStatus.LOC_PROT_ERR
         pad = -wqe.length & 3
         first = opcode << 24 | pad << PAD_SHIFT | PKEY_DEFAULT
         if wqe.flags & SendFlag.SOLICITED:
             first |= SOLICITED
-        psn = context.send_psn
+        psn, qpn = self.sender.take_psn(), attributes.qpn
         if wqe.opcode == _WITH_IMM:
-            headers = BTH_DETH_IMM.pack(first, remote & 0xFFFFFF, psn, qkey, context.qpn, wqe.imm.to_bytes(4, "little"))
+            headers = BTH_DETH_IMM.pack(first, remote & 0xFFFFFF, psn, qkey, qpn, wqe.imm.to_bytes(4, "little"))
         else:
-            headers = BTH_DETH.pack(first, remote & 0xFFFFFF, psn, qkey, context.qpn)
+            headers = BTH_DETH.pack(first, remote & 0xFFFFFF, psn, qkey, qpn)
         sink.add(path, headers, data, pad)
-        context.send_psn = context.una_psn = context.high_psn = context.next_psn = psn + 1 & PSN_MASK
         return 0
 
     def _path(self, ah_number: int) -> Path:
@@ -181,6 +170,6 @@ class DatagramQueuePair(QueuePair, qp_type=QpType.UD):
             return known[1]
         if len(self._paths) >= _MAX_PATHS:
             self._paths.clear()
-        path = base.replace(udp_source_port=datagram_source_port(self.context.qpn))
+        path = base.replace(udp_source_port=datagram_source_port(self.attributes.qpn))
         self._paths[ah_number] = base, path
         return path
