@@ -48,6 +48,8 @@ def _fields(record: object, what: str) -> None:
     for item in fields(record):  # type: ignore[arg-type]
         value = getattr(record, item.name)
         if MOST in item.metadata:
+            if value is None and item.type == "int | None":
+                continue
             _number(value, item.metadata[MOST], f"{what}: {item.name}")
         elif item.type == "bool":
             if not isinstance(value, bool):

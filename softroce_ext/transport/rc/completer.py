@@ -64,7 +64,8 @@ def receive_answer(qp: Connection, packet: Packet, flags: int, now: float) -> No
     if ahead >= (sender.high_psn - sender.una_psn & PSN_MASK):
         # Acknowledged already (harmless) or never sent (invalid); neither completes anything.
         qp.counters["rcvd_unsent_ack" if ahead < PSN_HALF else "rcvd_old_answer"] += 1
-        if ahead >= PSN_HALF and qp.repeated_until >= 0 and (psn - qp.repeated_until & PSN_MASK) >= PSN_HALF:
+        until = sender.retransmitted_until_psn
+        if until is not None and ahead >= PSN_HALF and (psn - until & PSN_MASK) >= PSN_HALF:
             on_late_duplicate_ack(qp, now)
         return
     if flags & _READ:
@@ -123,13 +124,14 @@ def progress(qp: Connection, now: float) -> None:
     """HOT. `una_psn` has advanced: all retries are available again, and the timer restarts."""
     sender = qp.sender
     sender.on_progress(qp.attributes)
-    if qp.ack_wait != qp.ack_timeout:
+    if sender.ack_timeout_now != qp.ack_timeout:
         restore_ack_timeout(qp)
+    timeout = sender.ack_timeout_now
     if sender.send_psn == sender.una_psn:
         sender.ack_deadline = None
-    elif qp.ack_wait is not None:
+    elif timeout is not None:
         # The heap's entry is earlier: it will find this one.
-        sender.ack_deadline = now + qp.ack_wait
+        sender.ack_deadline = now + timeout
     if qp.movement.state in PAUSED_STATES:
         movement.acknowledged_while_paused(qp, now)
     qp.settle(now)
@@ -209,8 +211,9 @@ def _read_response(qp: Connection, packet: Packet, flags: int, now: float) -> No
     elif not (sender.retry_started or sender.send_psn == psn or qp.movement.state in PAUSED_STATES):
         # `progress`, without what cannot be in the middle of an undisturbed READ.
         sender.retry_left = attributes.retry_cnt
-        if qp.ack_wait is not None:
-            sender.ack_deadline = now + qp.ack_wait
+        timeout = sender.ack_timeout_now
+        if timeout is not None:
+            sender.ack_deadline = now + timeout
         return
     progress(qp, now)
 

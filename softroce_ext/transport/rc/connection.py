@@ -29,14 +29,10 @@ class Connection(QueuePair):
     __slots__ = (
         "ack_pending",
         "ack_timeout",
-        "ack_wait",
         "batch_psn",
-        "calm_psn",
         "held",
         "read_record",
         "read_segments",
-        "repeated_at",
-        "repeated_until",
     )
 
     service: ClassVar[int] = op.RC
@@ -64,23 +60,26 @@ class Connection(QueuePair):
         """Where a READ's responses go, once it was resolved in this batch; and which READ that is."""
         self.ack_timeout: float | None = None
         """Seconds, from the attribute's timeout code; None: no timeout."""
-        self.ack_wait: float | None = None
-        self.repeated_until = -1
-        self.repeated_at = 0.0
-        self.calm_psn = 0
 
     def attach(self, engine: Engine) -> None:
         """The engine takes the queue pair in, perhaps with deadlines of before a dump."""
         super().attach(engine)
         self.capability = MIGROS_CAPABLE if engine.config.migros else 0
+        learned = self.sender.ack_timeout_now
         self.attributes_changed()
+        if learned is not None and self.ack_timeout is not None:
+            self.sender.set_ack_timeout(min(max(learned, self.ack_timeout), self.longest_ack_timeout(self.ack_timeout)))
         for deadline in (*self.retransmission_deadlines(), *self.movement_deadlines()):
             self.arm(deadline)
 
     def attributes_changed(self) -> None:
         code = self.attributes.timeout
         self.ack_timeout = max(4.096e-6 * (1 << code), self.config.minimum_ack_timeout) if code else None
-        self.ack_wait = self.ack_timeout
+        self.sender.set_ack_timeout(self.ack_timeout)
+
+    def longest_ack_timeout(self, timeout: float) -> float:
+        """What the attribute's `timeout` may be prolonged to, seconds."""
+        return min(4 * timeout, max(timeout, self.config.ack_patience))
 
     def enter_error(self, receive_status: int | None, event: QpEvent | None) -> None:
         self.ack_pending = False

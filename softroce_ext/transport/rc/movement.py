@@ -205,6 +205,7 @@ def _thaw(qp: Connection, _: float) -> None:
     receiver.ask_again()
     receiver.withdraw_answers(NAK_STOPPED)  # no longer true
     qp.sender.refresh_retries(qp.attributes)
+    qp.sender.forget_retransmission()  # the time in which it was frozen says nothing about the path
     qp.go_back()
 
 

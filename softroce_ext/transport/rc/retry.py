@@ -6,13 +6,8 @@ then (the IBA wants a timeout between T and 4 T), and halved again when enough p
 
 from __future__ import annotations
 
-from typing import Final
-
 from softroce_ext.transport.rc.connection import Connection
 from softroce_ext.wire.headers import PSN_HALF, PSN_MASK
-
-BACKOFF_PACKETS: Final = 4096
-"""Packets that must be acknowledged without a timeout before a prolonged one is shortened again."""
 
 
 def take_retry(qp: Connection) -> bool:
@@ -30,26 +25,28 @@ def on_late_duplicate_ack(qp: Connection, now: float) -> None:
     A second ACK that comes at once says nothing: rxe answers each duplicate packet, so after the loss of an ACK all the
     packets of its message are answered.
     """
-    qp.repeated_until = -1
-    if qp.ack_wait is None or qp.ack_timeout is None:
+    sender = qp.sender
+    sender.forget_retransmission()
+    if sender.ack_timeout_now is None or qp.ack_timeout is None:
         return
-    if now - qp.repeated_at >= qp.ack_wait / 2:
-        longest = min(4 * qp.ack_timeout, max(qp.ack_timeout, qp.config.ack_patience))
-        qp.ack_wait = min(2 * qp.ack_wait, longest)
-        qp.calm_psn = qp.sender.high_psn + BACKOFF_PACKETS & PSN_MASK
+    if now - sender.retransmitted_at >= sender.ack_timeout_now / 2:
+        sender.set_ack_timeout(min(2 * sender.ack_timeout_now, qp.longest_ack_timeout(qp.ack_timeout)))
+        sender.postpone_restore(sender.high_psn)
 
 
 def restore_ack_timeout(qp: Connection) -> None:
     """Something was acknowledged while the timeout is prolonged: shorten it if that has been so for long enough."""
-    una = qp.sender.una_psn
-    if (una - qp.calm_psn & PSN_MASK) < PSN_HALF and qp.ack_wait is not None and qp.ack_timeout is not None:
-        qp.ack_wait = max(qp.ack_wait / 2, qp.ack_timeout)
-        qp.calm_psn = una + BACKOFF_PACKETS & PSN_MASK
+    sender = qp.sender
+    if sender.ack_timeout_now is None or qp.ack_timeout is None:
+        return
+    if (sender.una_psn - sender.timeout_backoff_until_psn & PSN_MASK) < PSN_HALF:
+        sender.set_ack_timeout(max(sender.ack_timeout_now / 2, qp.ack_timeout))
+        sender.postpone_restore(sender.una_psn)
 
 
 def start_ack_timer(qp: Connection, now: float) -> None:
     """Something is unacknowledged from now on."""
-    if qp.ack_wait is not None:
-        deadline = now + qp.ack_wait
-        qp.sender.expect_answer_by(deadline)
-        qp.arm(deadline)
+    timeout = qp.sender.ack_timeout_now
+    if timeout is not None:
+        qp.sender.expect_answer_by(now + timeout)
+        qp.arm(now + timeout)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from softroce_ext.transport.rc import movement
 from softroce_ext.transport.rc.connection import Connection
-from softroce_ext.transport.rc.retry import BACKOFF_PACKETS, take_retry
+from softroce_ext.transport.rc.retry import take_retry
 from softroce_ext.transport.state.movement import MovementState
 from softroce_ext.transport.verbs import CONNECTED, QpState, WcStatus
-from softroce_ext.wire.headers import PSN_MASK
 
 
 def on_timer(qp: Connection, now: float) -> None:
@@ -58,7 +57,5 @@ def _ack_timer(qp: Connection, now: float) -> None:
     if not take_retry(qp):
         qp.fail_oldest(WcStatus.RETRY_EXC_ERR)
         return
-    sender.begin_timeout_retry()
-    qp.repeated_until, qp.repeated_at = sender.high_psn, now
-    qp.calm_psn = sender.high_psn + BACKOFF_PACKETS & PSN_MASK
+    sender.begin_timeout_retry(now)
     qp.go_back()

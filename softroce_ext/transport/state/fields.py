@@ -16,6 +16,11 @@ def number(default: int, most: int) -> Any:
     return field(default=int(default), metadata={MOST: int(most)})
 
 
+def bounded(most: int) -> Any:
+    """As `number`, but None unless it is set."""
+    return field(default=None, metadata={MOST: int(most)})
+
+
 def required(most: int) -> Any:
     """As `number`, without a default."""
     return field(metadata={MOST: int(most)})

@@ -12,12 +12,14 @@ from typing import Final
 
 from softroce_ext.transport.interfaces import SendWqe
 from softroce_ext.transport.state.attributes import Attributes
-from softroce_ext.transport.state.fields import U16, U32, number, required
+from softroce_ext.transport.state.fields import U16, U32, bounded, number, required
 from softroce_ext.transport.verbs import READS, WcStatus
 from softroce_ext.wire.headers import PSN_HALF, PSN_MASK
 
 UNLIMITED: Final = 7
 """The retry count that is never spent."""
+BACKOFF_PACKETS: Final = 4096
+"""Packets that must be acknowledged without a timeout before a prolonged one is shortened again."""
 
 
 @dataclass(slots=True)
@@ -65,6 +67,14 @@ class Sender:
     """SQD, and the requests that were started are not all completed."""
     ack_deadline: float | None = None
     rnr_deadline: float | None = None
+    ack_timeout_now: float | None = None
+    """Seconds until a local ACK timeout: what the attribute says, or longer when that was too short (`rc.retry`)."""
+    retransmitted_until_psn: int | None = bounded(PSN_MASK)
+    """One after the last PSN that a timeout had retransmitted, until it is known whether that was too early."""
+    retransmitted_at: float = 0.0
+    """When that timeout was."""
+    timeout_backoff_until_psn: int = number(0, PSN_MASK)
+    """Once this is acknowledged, and there was no timeout since, `ack_timeout_now` is shortened again."""
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
@@ -177,9 +187,24 @@ class Sender:
         self.ack_deadline = None
         return self.send_psn != self.una_psn
 
-    def begin_timeout_retry(self) -> None:
+    def begin_timeout_retry(self, now: float) -> None:
         """A timeout begins a retry of its own, whatever NAK has begun one before."""
         self.retry_started = False
+        self.retransmitted_until_psn = self.high_psn
+        self.retransmitted_at = now
+        self.postpone_restore(self.high_psn)
+
+    def forget_retransmission(self) -> None:
+        """Do not judge the timeout by when the last retransmission is acknowledged."""
+        self.retransmitted_until_psn = None
+
+    def set_ack_timeout(self, timeout: float | None) -> None:
+        """Seconds; None: there is none."""
+        self.ack_timeout_now = timeout
+
+    def postpone_restore(self, psn: int) -> None:
+        """A prolonged ACK timeout stays for BACKOFF_PACKETS after `psn`."""
+        self.timeout_backoff_until_psn = psn + BACKOFF_PACKETS & PSN_MASK
 
     def stop_timers(self) -> None:
         """The queue pair is frozen: no deadline of its own counts."""

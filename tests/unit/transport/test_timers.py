@@ -6,11 +6,19 @@ from itertools import pairwise
 
 import pytest
 
-from softroce_ext.simulation.hosts import BASE, Host, connect, end
+from softroce_ext.simulation.hosts import BASE, End, Host, connect, end
 from softroce_ext.simulation.link import Link
 from softroce_ext.simulation.world import World
+from softroce_ext.transport.rc.queue_pair import RcQueuePair
 from softroce_ext.transport.verbs import QpState, WcStatus, WrOpcode
 from softroce_ext.wire.headers import RNR_TIMER
+from tests.support.transport.scene import migrate
+
+
+def ack_timeout(here: End) -> float:
+    """What the attribute says."""
+    assert isinstance(here.qp, RcQueuePair) and here.qp.ack_timeout is not None
+    return here.qp.ack_timeout
 
 
 @pytest.mark.parametrize(
@@ -42,12 +50,68 @@ def test_a_timeout_shorter_than_the_way_is_prolonged_and_shortened_again() -> No
         world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
         timeouts.append(here.host.engine.counters["local_ack_timeout_err"])
     assert timeouts[0] == 1 and timeouts[-1] <= 2, timeouts
-    assert here.qp.ack_timeout is not None and here.qp.ack_wait in (2 * here.qp.ack_timeout, 4 * here.qp.ack_timeout)
+    assert here.sender.ack_timeout_now in (2 * ack_timeout(here), 4 * ack_timeout(here))
     world.link = Link()
     for number in range(12, 12 + 8300):
         here.post(WrOpcode.RDMA_WRITE, number, BASE, 8)
         world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
-    assert here.qp.ack_wait == here.qp.ack_timeout
+    assert here.sender.ack_timeout_now == ack_timeout(here)
+
+
+def test_a_prolonged_timeout_survives_a_migration() -> None:
+    """It was learned from the path to the peer, which is as slow after the move. Restoring it needs no new timeout."""
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=14, retry_cnt=7)  # 67 ms
+    world = World(here.host, there.host, link=Link(delay=0.06))
+    for number in range(4):
+        here.post(WrOpcode.RDMA_WRITE, number, BASE, 8)
+        world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
+    learned = here.sender.ack_timeout_now
+    assert learned in (2 * ack_timeout(here), 4 * ack_timeout(here))
+    assert 1 <= here.host.engine.counters["local_ack_timeout_err"] <= 2
+    here.qp.stop()
+    world.hosts.append(Host(3))
+    migrate(world, here, world.hosts[-1])
+    assert here.sender.ack_timeout_now == learned
+    for number in range(4, 8):
+        here.post(WrOpcode.RDMA_WRITE, number, BASE, 8)
+        world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
+    assert here.host.engine.counters["local_ack_timeout_err"] == 0
+    world.link = Link()
+    for number in range(8, 8 + 8300):
+        here.post(WrOpcode.RDMA_WRITE, number, BASE, 8)
+        world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
+    assert here.sender.ack_timeout_now == ack_timeout(here), "it is shortened at the new place, too"
+
+
+def test_the_time_of_a_move_does_not_prolong_a_timeout() -> None:
+    """What was retransmitted before a stop and is acknowledged twice after it says nothing about the path."""
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=14, retry_cnt=7)
+    world = World(here.host, there.host, link=Link(loss=1.0))
+    here.post(WrOpcode.RDMA_WRITE, 1, BASE, 8)
+    world.settle(0.1)
+    assert here.host.engine.counters["local_ack_timeout_err"] == 1
+    here.qp.stop()
+    world.settle(2.0)
+    world.link = Link(duplicate=1.0)
+    world.hosts.append(Host(3))
+    migrate(world, here, world.hosts[-1])
+    world.run(lambda: bool(here.scq.entries))
+    world.settle(0.01)
+    assert here.host.engine.counters["rcvd_old_answer"] > 0
+    assert here.sender.ack_timeout_now == ack_timeout(here)
+
+
+@pytest.mark.parametrize(("learned", "restored"), [(1e-3, 0.067108864), (0.1, 0.1), (9.0, 0.268435456)])
+def test_a_restored_timeout_is_within_the_limits_of_its_attribute(learned: float, restored: float) -> None:
+    """IBA 9.7.6.1.3: between T and 4 T, whatever an image says."""
+    here, there = end(Host(1), 17), end(Host(2), 18)
+    connect(here, there, timeout=14)
+    here.sender.ack_timeout_now = learned
+    here.qp.stop()
+    migrate(World(here.host, there.host), here, Host(3))
+    assert here.sender.ack_timeout_now == pytest.approx(restored)
 
 
 def test_losses_do_not_prolong_a_timeout() -> None:
@@ -58,7 +122,7 @@ def test_losses_do_not_prolong_a_timeout() -> None:
         here.post(WrOpcode.RDMA_WRITE, number, BASE, 8)
         world.run(lambda number=number: len(here.scq.entries) == number + 1)  # type: ignore[misc]
     assert here.host.engine.counters["local_ack_timeout_err"] > 20
-    assert here.qp.ack_wait == here.qp.ack_timeout
+    assert here.sender.ack_timeout_now == ack_timeout(here)
 
 
 def test_a_partner_that_answers_each_packet_that_comes_twice_does_not_prolong_a_timeout() -> None:
@@ -75,7 +139,7 @@ def test_a_partner_that_answers_each_packet_that_comes_twice_does_not_prolong_a_
         here.host.turn(frames, now + 0.002)
     assert [wc.status for wc in here.scq.entries] == [WcStatus.SUCCESS]
     assert here.host.engine.counters["rcvd_old_answer"] == 3
-    assert here.qp.ack_wait == here.qp.ack_timeout
+    assert here.sender.ack_timeout_now == ack_timeout(here)
 
 
 @pytest.mark.parametrize("count", range(7))
