@@ -1,8 +1,7 @@
 """The trace of queue pairs: one JSON line for each packet, completion, timer, posted request and change of state.
 
-While no trace is on, nothing of this is in the way: `QpTrace` puts its own versions of a few methods *on the engine
-object* (and of `fetch` before each queue), and takes them away again. docs/trace.md has the lines' fields;
-`testbed.diagram.trace` reads them.
+`QpTrace` is an observer of the engine (`transport.interfaces.Observer`); while no trace is on, the engine has none.
+docs/trace.md has the lines' fields; `testbed.diagram.trace` reads them.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ import ipaddress
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from softroce_ext.trace.packets import describe
 from softroce_ext.transport.engine import Engine
-from softroce_ext.transport.interfaces import FrameSink, RecvWqe, SendWqe
-from softroce_ext.transport.queue_pair import QueuePair
+from softroce_ext.transport.interfaces import FrameSink, RecvWqe, SendWqe, WorkCompletion
 from softroce_ext.transport.verbs import QpState, QpType, SendFlag, WcOpcode, WcStatus, WrOpcode
-from softroce_ext.wire.frame import Buffer, Packet, Path, parse
+from softroce_ext.wire.frame import Buffer, Packet, Path
 from softroce_ext.wire.headers import BTH, GSI_QPN, PSN_HALF, PSN_MASK
 from softroce_ext.wire.opcodes import FLAGS, OpFlag
 
@@ -33,35 +31,12 @@ _UNTOLD: Final = frozenset({"rcvd_pkts", "rdma_sends", "rdma_recvs"})
 _REQUEST, _RESUME = int(OpFlag.REQUEST), int(OpFlag.RESUME)
 
 
-class _Queue(Protocol):
-    def fetch(self) -> Any: ...
-
-    def retire(self) -> None: ...
-
-
-class _TracedQueue:
-    """A send or receive queue that says what is fetched from it."""
-
-    __slots__ = ("_note", "inner", "retire")
-
-    def __init__(self, inner: _Queue, note: Callable[[Any], None]) -> None:
-        self.inner = inner
-        self.retire = inner.retire
-        self._note = note
-
-    def fetch(self) -> Any:
-        """As the queue's own."""
-        wqe = self.inner.fetch()
-        if wqe is not None:
-            self._note(wqe)
-        return wqe
-
-
 class _TracedSink:
-    """Tells of each frame before it goes on to the real sink."""
+    """Notes each frame of a queue pair's turn before it goes on to the real sink."""
 
-    def __init__(self, inner: FrameSink, note: Callable[[Path, bytes, Buffer], None]) -> None:
+    def __init__(self, inner: FrameSink, qpn: int, note: Callable[[int, Path, bytes, Buffer], None]) -> None:
         self._inner = inner
+        self._qpn = qpn
         self._note = note
 
     @property
@@ -74,8 +49,8 @@ class _TracedSink:
         self._inner.room = value
 
     def add(self, path: Path, headers: bytes, payload: Buffer, pad: int) -> None:
-        """transport.engine.FrameSink."""
-        self._note(path, headers, payload)
+        """transport.interfaces.FrameSink."""
+        self._note(self._qpn, path, headers, payload)
         self._inner.add(path, headers, payload, pad)
 
 
@@ -104,18 +79,14 @@ class QpTrace:
         self._qpns = None if qpns is None else frozenset(qpns)
         self._file = open(file, "w", buffering=1 << 16, encoding="utf-8")  # noqa: SIM115
         self._seen: dict[int, tuple[Any, ...]] = {}
-        self._senders: dict[tuple[int, int], tuple[Path, int]] = {}
+        self._line: dict[str, Any] = {}
+        self._counted: dict[str, int] = {}
         self._addresses: dict[bytes, str] = {}
         self._on = True
         wanted = None if self._qpns is None else sorted(self._qpns)
         self._write({"event": "start", "version": VERSION, "wall": time.time(), "qpns": wanted, **(about or {})})
-        # Shadow the class's methods on this one object: without a trace they are not there at all.
-        self._originals = {name: getattr(engine, name) for name in self._SHADOWS}
-        vars(engine).update({name: getattr(self, name) for name in self._SHADOWS})
-        for qp in engine.qps.values():
-            self._join(qp)
-
-    _SHADOWS = ("add_qp", "remove_qp", "receive", "end_of_batch", "on_timer", "frames_to_send", "publish")
+        engine.observer = self
+        self.changed(engine.qps)
 
     def close(self) -> int:
         """End the trace; returns the number of its lines."""
@@ -130,86 +101,74 @@ class QpTrace:
             except OSError:
                 self._end()
 
-    # -- what stands before the engine's methods -------------------------------------------------------------------
+    # -- transport.interfaces.Observer -----------------------------------------------------------------------------
 
-    def add_qp(self, qp: QueuePair) -> None:
-        """Engine.add_qp."""
-        self._originals["add_qp"](qp)
-        self._join(qp)
+    def changed(self, qpns: Iterable[int]) -> None:
+        """Note what has changed since each of these queue pairs was looked at last."""
+        for qpn in qpns:
+            self._look(qpn)
 
-    def remove_qp(self, qpn: int) -> None:
-        """Engine.remove_qp."""
-        qp = self._engine.qps.get(qpn)
-        self._originals["remove_qp"](qpn)
-        if qp is not None and self._wants(qpn):
-            self._leave(qp)
+    def removed(self, qpn: int) -> None:
+        """A line for the end of a queue pair."""
+        if self._wants(qpn):
             self._seen.pop(qpn, None)
             self._event(qpn, "gone")
 
-    def receive(self, frame: memoryview, now: float) -> None:
-        """Engine.receive."""
-        packet = parse(frame)
-        if isinstance(packet, str):
-            if self._qpns is None:
-                self._write({"event": "refused", "reason": packet, "length": len(frame)})
-            self._originals["receive"](frame, now)
+    def refused(self, reason: str, length: int) -> None:
+        """A line for a frame of no queue pair."""
+        if self._qpns is None:
+            self._write({"event": "refused", "reason": reason, "length": length})
+
+    def receiving(self, packet: Packet) -> None:
+        """The line of a packet, as far as it is known before the packet acts."""
+        if self._wants(packet.destination_qpn):
+            self._line = self._received(packet, packet.destination_qpn)
+            self._counted = dict(self._engine.counters)
+
+    def received(self, packet: Packet) -> None:
+        """Write the line, with what the packet has raised."""
+        if not self._wants(packet.destination_qpn):
             return
-        qpn = packet.destination_qpn
-        if not self._wants(qpn):
-            self._originals["receive"](frame, now)
-            return
-        line = self._received(packet, qpn)
+        line, before = self._line, self._counted
         counters = self._engine.counters
-        before = dict(counters)
-        self._originals["receive"](frame, now)
         counted = [name for name, value in counters.items() if before.get(name, 0) != value and name not in _UNTOLD]
         if counted:
             line["counted"] = counted
         self._write(line)
-        self._look(qpn)
+        self._look(packet.destination_qpn)
 
-    def end_of_batch(self, now: float) -> None:
-        """Engine.end_of_batch. Called without anything received when programs are held: then all may have changed."""
-        qpns = [qp.attributes.qpn for qp in self._engine.touched] or list(self._engine.qps)
-        self._originals["end_of_batch"](now)
-        for qpn in qpns:
-            self._look(qpn)
+    def sink(self, qpn: int, inner: FrameSink) -> FrameSink:
+        """A sink that notes the frames of one turn."""
+        return _TracedSink(inner, qpn, self._sent) if self._wants(qpn) else inner
 
-    def on_timer(self, now: float) -> None:
-        """Engine.on_timer."""
-        due = [qp for qp in self._engine.qps.values() if qp.heap_at is not None and qp.heap_at <= now]
-        for qp in due:
-            kind = _timer_due(qp, now)
-            if kind is not None and self._wants(qp.attributes.qpn):
-                self._event(qp.attributes.qpn, "timer", timer=kind)
-        self._originals["on_timer"](now)
-        for qp in due:
-            self._look(qp.attributes.qpn)
+    def fetched(self, qpn: int, wqe: SendWqe | RecvWqe) -> None:
+        """A line for a posted request."""
+        if not self._wants(qpn):
+            return
+        if isinstance(wqe, RecvWqe):
+            self._event(qpn, "post", side="receive", wr_id=wqe.wr_id, length=wqe.length)
+            return
+        flags = [flag.name for flag in SendFlag if wqe.flags & flag]
+        opcode = _REQUESTS.get(wqe.opcode, str(wqe.opcode))
+        self._event(qpn, "post", side="send", wr_id=wqe.wr_id, opcode=opcode, length=wqe.length, flags=flags)
 
-    def frames_to_send(self, now: float, sink: FrameSink) -> int:
-        """Engine.frames_to_send."""
-        ready = [qp.attributes.qpn for qp in self._engine.ready if isinstance(qp, QueuePair)]
-        for qpn in ready:
-            self._look(qpn)
-        total: int = self._originals["frames_to_send"](now, _TracedSink(sink, self._sent))
-        for qpn in ready:
-            self._look(qpn)
-        return total
+    def completed(self, qpn: int, completion: WorkCompletion) -> None:
+        """A line for a completion."""
+        if not self._wants(qpn):
+            return
+        side = "receive" if completion.opcode >= WcOpcode.RECV else "send"
+        more = {"imm": completion.imm} if completion.imm else {}
+        if side == "receive":
+            more["source_qpn"] = completion.src_qp
+        self._event(
+            qpn, "completion", side=side, wr_id=completion.wr_id, status=WcStatus(completion.status).name,
+            opcode=WcOpcode(completion.opcode).name, byte_len=completion.byte_len, **more,
+        )  # fmt: skip
 
-    def publish(self) -> None:
-        """Engine.publish."""
-        for entry in self._engine.completions:
-            qpn, completion = entry.queue_pair.attributes.qpn, entry.completion
-            if self._wants(qpn):
-                side = "receive" if completion.opcode >= WcOpcode.RECV else "send"
-                more = {"imm": completion.imm} if completion.imm else {}
-                if side == "receive":
-                    more["source_qpn"] = completion.src_qp
-                self._event(
-                    qpn, "completion", side=side, wr_id=completion.wr_id, status=WcStatus(completion.status).name,
-                    opcode=WcOpcode(completion.opcode).name, byte_len=completion.byte_len, **more,
-                )  # fmt: skip
-        self._originals["publish"]()
+    def timer(self, qpn: int, kind: str) -> None:
+        """A line for a timer that acts."""
+        if self._wants(qpn):
+            self._event(qpn, "timer", timer=kind)
 
     # -- lines -----------------------------------------------------------------------------------------------------
 
@@ -245,11 +204,9 @@ class QpTrace:
             line["ip_id"] = int.from_bytes(packet.raw[18:20])
         return line
 
-    def _sent(self, path: Path, headers: bytes, payload: Buffer) -> None:
+    def _sent(self, qpn: int, path: Path, headers: bytes, payload: Buffer) -> None:
         fields = describe(headers)
-        qpn = fields.pop("source_qpn", None) or self._sender(path, fields["remote_qpn"])
-        if qpn is None or not self._wants(qpn):
-            return
+        fields.pop("source_qpn", None)
         line = {"event": "packet", "direction": "sent", "qpn": qpn, **fields, "length": len(payload)}
         line["remote_ip"] = self._address(path.destination_ip)
         if len(path.source_ip) == 4:
@@ -257,21 +214,10 @@ class QpTrace:
         qp = self._engine.qps.get(qpn)
         flags = FLAGS[headers[0]]
         if qp is not None and qp.attributes.qp_type == QpType.RC and flags & _REQUEST and not flags & _RESUME:
-            # high_psn moves on after a queue pair's turn only: what it has not reached is new.
+            # high_psn advances after a turn only: what it has not reached is new.
             if (qp.sender.high_psn - fields["psn"] - 1 & PSN_MASK) < PSN_HALF:
                 line["retransmit"] = True
         self._write(line)
-
-    def _sender(self, path: Path, remote_qpn: int) -> int | None:
-        """The queue pair that sends along `path`: each has a Path object of its own."""
-        known = self._senders.get((id(path), remote_qpn))
-        if known is not None and known[0] is path:
-            return known[1]
-        for qpn, qp in self._engine.qps.items():
-            if qp.attributes.path is path and qp.attributes.destination_qpn == remote_qpn:
-                self._senders[id(path), remote_qpn] = path, qpn
-                return qpn
-        return None
 
     def _address(self, address: bytes) -> str:
         text = self._addresses.get(address)
@@ -303,54 +249,11 @@ class QpTrace:
             remote_qpn=attributes.destination_qpn, **ends,
         )  # fmt: skip
 
-    # -- queues ----------------------------------------------------------------------------------------------------
-
-    def _join(self, qp: QueuePair) -> None:
-        qpn = qp.attributes.qpn
-        if not self._wants(qpn):
-            return
-
-        def sends(wqe: SendWqe) -> None:
-            flags = [flag.name for flag in SendFlag if wqe.flags & flag]
-            opcode = _REQUESTS.get(wqe.opcode, str(wqe.opcode))
-            self._event(qpn, "post", side="send", wr_id=wqe.wr_id, opcode=opcode, length=wqe.length, flags=flags)
-
-        def receives(wqe: RecvWqe) -> None:
-            self._event(qpn, "post", side="receive", wr_id=wqe.wr_id, length=wqe.length)
-
-        qp.send_queue = _TracedQueue(qp.send_queue, sends)
-        qp.receive_queue = _TracedQueue(qp.receive_queue, receives)
-        self._look(qpn)
-
-    @staticmethod
-    def _leave(qp: QueuePair) -> None:
-        for name in ("send_queue", "receive_queue"):
-            queue = getattr(qp, name)
-            if isinstance(queue, _TracedQueue):
-                setattr(qp, name, queue.inner)
-
     def _end(self) -> None:
         if not self._on:
             return
         self._on = False
-        for name in self._SHADOWS:
-            vars(self._engine).pop(name, None)
-        for qp in self._engine.qps.values():
-            self._leave(qp)
-        with contextlib.suppress(OSError):  # the disk is full: what is there is there
+        if self._engine.observer is self:
+            self._engine.observer = None
+        with contextlib.suppress(OSError):  # the disk is full: what was written remains
             self._file.close()
-
-
-def _timer_due(qp: QueuePair, now: float) -> str | None:
-    """Which of a queue pair's timers acts now (in the order of `transport.timers.on_timer`); None: none of them."""
-    if qp.movement.stopped:
-        return None
-    for waits, deadline, kind in (
-        (qp.movement.resume_pending, qp.movement.resume_deadline, "resume"),
-        (qp.movement.paused, qp.movement.pause_deadline, "pause"),
-        (qp.sender.rnr_deadline is not None, qp.sender.rnr_deadline, "rnr"),
-        (True, qp.sender.ack_deadline, "ack"),
-    ):
-        if waits:
-            return kind if deadline is not None and deadline <= now else None
-    return None

@@ -16,7 +16,9 @@ from softroce_ext.transport.interfaces import (
     Memory,
     ProtectionDomain,
     ReceiveQueue,
+    RecvWqe,
     SendQueue,
+    SendWqe,
     Sge,
     WorkCompletion,
 )
@@ -143,6 +145,25 @@ class WorkQueues(ABC):
         """The time of its earliest entry in the engine's timer heap."""
         self.recv_segments: list[Segment] | None = None
         """Where the receive in use goes, once it was resolved in this batch."""
+
+    @property
+    def qpn(self) -> int:
+        """Its number on the wire."""
+        return self.attributes.qpn
+
+    def fetch_send(self) -> SendWqe | None:
+        """HOT. The next posted send request, or None."""
+        wqe = self.send_queue.fetch()
+        if wqe is not None and self.engine.observer is not None:
+            self.engine.observer.fetched(self.attributes.qpn, wqe)
+        return wqe
+
+    def fetch_receive(self) -> RecvWqe | None:
+        """HOT. The next posted receive, or None."""
+        wqe = self.receive_queue.fetch()
+        if wqe is not None and self.engine.observer is not None:
+            self.engine.observer.fetched(self.attributes.qpn, wqe)
+        return wqe
 
     def make_ready(self) -> None:
         """Have the engine give this queue pair a turn to send."""
@@ -298,7 +319,7 @@ class WorkQueues(ABC):
     def flush(self) -> None:
         """ERR: return what is posted, at most FLUSH_LIMIT of each kind at a time (a program may post without end)."""
         for _ in range(FLUSH_LIMIT):
-            wqe = self.send_queue.fetch()
+            wqe = self.fetch_send()
             if wqe is None:
                 break
             self._flush_send(wqe.wr_id, wqe.opcode, _FLUSHED)
@@ -307,7 +328,7 @@ class WorkQueues(ABC):
         if self.attributes.srq:
             return
         for _ in range(FLUSH_LIMIT):
-            receive = self.receive_queue.fetch()
+            receive = self.fetch_receive()
             if receive is None:
                 break
             self._push_failed(self.recv_cq, receive.wr_id, _FLUSHED)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from softroce_ext.transport.completion import PendingCompletion, WorkQueues
 from softroce_ext.transport.gsi import Gsi
-from softroce_ext.transport.interfaces import FrameSink, Memory, MemoryFault
+from softroce_ext.transport.interfaces import FrameSink, Memory, MemoryFault, Observer
 from softroce_ext.transport.queue_pair import QueuePair
 from softroce_ext.transport.verbs import QpState, WcOpcode, WcStatus
 from softroce_ext.wire.frame import Packet, Path, parse
@@ -25,6 +25,9 @@ class Turn(Protocol):
 
     ready: bool
     more: bool
+
+    @property
+    def qpn(self) -> int: ...
 
     def transmit(self, now: float, sink: FrameSink, budget: int) -> int: ...
     def make_ready(self) -> None: ...
@@ -102,6 +105,8 @@ class Engine:
         self.written: dict[int, tuple[Memory, dict[WorkQueues, bool]]] = {}
         """Memories with unflushed writes, by identity; whose they are, and whether a responder's are among them."""
         self.completions: list[PendingCompletion] = []
+        self.observer: Observer | None = None
+        """What follows this engine's work."""
         self._timers: list[tuple[float, int]] = []
 
     def add_qp(self, qp: QueuePair) -> None:
@@ -111,6 +116,8 @@ class Engine:
             raise ValueError(f"queue pair {qpn} exists already")
         self.qps[qpn] = qp
         qp.attach(self)
+        if self.observer is not None:
+            self.observer.changed((qpn,))
 
     def remove_qp(self, qpn: int) -> None:
         """Forget a queue pair without a packet or a completion (destroy, discard). Unknown numbers are ignored."""
@@ -125,6 +132,8 @@ class Engine:
             self.touched.remove(qp)
         qp.forget_held()
         self.completions = [entry for entry in self.completions if entry.queue_pair is not qp]
+        if self.observer is not None:
+            self.observer.removed(qpn)
 
     def receive(self, frame: memoryview, now: float) -> None:
         """HOT. Take one received Ethernet frame; never raises for what is in it.
@@ -133,15 +142,22 @@ class Engine:
         """
         packet = parse(frame)
         counters = self.counters
+        observer = self.observer
         if isinstance(packet, str):
             counters["refused_" + packet] += 1
+            if observer is not None:
+                observer.refused(packet, len(frame))
             return
         counters["rcvd_pkts"] += 1
+        if observer is not None:
+            observer.receiving(packet)
         qp = self.qps.get(packet.destination_qpn)
         if qp is None:
             self._special(packet, now)
-            return
-        qp.receive(packet, now)
+        else:
+            qp.receive(packet, now)
+        if observer is not None:
+            observer.received(packet)
 
     def _special(self, packet: Packet, now: float) -> None:
         """A packet for no queue pair of a program: for QP1, for a multicast group, or for none."""
@@ -176,6 +192,8 @@ class Engine:
             self.publish()
         if self.gsi.received:
             self.gsi.end_of_batch(now)
+        if self.observer is not None:  # without anything received all may have changed: programs were held
+            self.observer.changed([qp.attributes.qpn for qp in touched] or list(self.qps))
 
     def ring(self, qp: QueuePair) -> None:
         """Doorbell: the application may have posted send work requests (in ERR: posted work of any kind is flushed)."""
@@ -193,13 +211,17 @@ class Engine:
     def on_timer(self, now: float) -> None:
         """Let every timer that is due act; completions it causes are published before it returns."""
         timers = self._timers
+        acted = []
         while timers and timers[0][0] <= now:
             when, qpn = heappop(timers)
             qp = self.qps.get(qpn)
             if qp is not None and qp.heap_at == when:  # otherwise an earlier entry has replaced this one
                 qp.on_timer(now)
+                acted.append(qpn)
         if self.completions:
             self.publish()
+        if acted and self.observer is not None:
+            self.observer.changed(acted)
 
     def next_timer(self) -> float | None:
         """When `on_timer` should be called at the latest (seconds, the caller's clock), or None. May be early."""
@@ -210,11 +232,17 @@ class Engine:
 
         Completions of requests that fail on their way out are published before it returns.
         """
+        observer = self.observer
+        if observer is not None:
+            ready = [turn.qpn for turn in self.ready]
+            observer.changed(ready)
         total = self._turns(now, sink)
         while self.holding and self._release_held(now):
             total += self._turns(now, sink)
         if total:
             self.counters["sent_pkts"] += total
+        if observer is not None:
+            observer.changed(ready)
         return total
 
     def _release_held(self, now: float) -> bool:
@@ -226,7 +254,7 @@ class Engine:
 
     def _turns(self, now: float, sink: FrameSink) -> int:
         """HOT. The work of `frames_to_send`, except for requests that waited for answers to leave."""
-        ready = self.ready
+        ready, observer = self.ready, self.observer
         quantum = self.config.quantum
         room = sink.room
         total = 0
@@ -234,7 +262,8 @@ class Engine:
         while ready and room > 0 and idle > 0:
             qp = ready.popleft()
             qp.ready = False
-            sent = qp.transmit(now, sink, quantum if quantum < room else room)
+            way = sink if observer is None else observer.sink(qp.qpn, sink)
+            sent = qp.transmit(now, way, quantum if quantum < room else room)
             total += sent
             room -= sent
             if qp.more:
@@ -252,6 +281,9 @@ class Engine:
         """Push the completions that were held back until memory was flushed."""
         while self.completions:
             completions, self.completions = self.completions, []
+            if self.observer is not None:
+                for entry in completions:
+                    self.observer.completed(entry.queue_pair.qpn, entry.completion)
             for qp, cq, completion, psn, msn in completions:
                 if (
                     not cq.push(completion)

@@ -39,6 +39,8 @@ OnMad = Callable[[Packet, int, memoryview, float], None]
 class Gsi:
     """QP1 of an engine."""
 
+    qpn = GSI_QPN
+
     def __init__(self, counters: dict[str, int], ready: deque[Any]) -> None:
         """counters, ready: the engine's."""
         self._counters = counters

@@ -6,8 +6,10 @@ test, the simulator) hands in objects of these shapes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
+from softroce_ext.wire.frame import Packet
 from softroce_ext.wire.path import Path
 
 Buffer = bytes | bytearray | memoryview
@@ -137,6 +139,40 @@ class FrameSink(Protocol):
 
         headers: BTH and extended headers; payload: may be empty, valid only during this call; pad: 0..3.
         """
+
+
+class Observer(Protocol):
+    """Follows what an engine does, for a trace (`Engine.observer`). It must change nothing.
+
+    Queue pairs are named by their QPN; 1 is QP1.
+    """
+
+    def changed(self, qpns: Iterable[int]) -> None:
+        """The state of these queue pairs may have changed: they are new, or a step of the engine has ended."""
+
+    def removed(self, qpn: int) -> None:
+        """A queue pair was taken out of the engine."""
+
+    def refused(self, reason: str, length: int) -> None:
+        """A frame of `length` bytes is not a packet; reason: as from `wire.frame.parse`."""
+
+    def receiving(self, packet: Packet) -> None:
+        """HOT. A packet is about to be received."""
+
+    def received(self, packet: Packet) -> None:
+        """HOT. The packet of the last `receiving` was received."""
+
+    def sink(self, qpn: int, inner: FrameSink) -> FrameSink:
+        """HOT. A sink for one turn of a queue pair; each frame must go on to `inner`."""
+
+    def fetched(self, qpn: int, wqe: SendWqe | RecvWqe) -> None:
+        """A work request was taken from its queue."""
+
+    def completed(self, qpn: int, completion: WorkCompletion) -> None:
+        """A completion is about to be pushed."""
+
+    def timer(self, qpn: int, kind: str) -> None:
+        """A timer acts now; kind: ack, rnr, pause or resume."""
 
 
 class ProtectionDomain(Protocol):

@@ -187,7 +187,7 @@ def _immediate(qp: QueuePair, packet: Packet, flags: int) -> tuple[int, int]:
 
 def fetch_receive(qp: QueuePair, psn: int) -> bool:
     """Take a posted receive into use. Without one, returns False: the service answers or counts that."""
-    receive = qp.receive_queue.fetch()
+    receive = qp.fetch_receive()
     if receive is None:
         qp.no_receive(psn)
         return False

@@ -94,7 +94,7 @@ class UcQueuePair(QueuePair):
             if sender.inflight:
                 record = sender.inflight[0]
             else:
-                wqe = self.send_queue.fetch() if attributes.state == _RTS else None
+                wqe = self.fetch_send() if attributes.state == _RTS else None
                 if wqe is None:
                     break
                 record = admit(sender, attributes, wqe)

@@ -115,7 +115,7 @@ class UdQueuePair(QueuePair):
         sender = self.sender
         sent = 0
         while sent < budget:
-            wqe = self.send_queue.fetch() if self.attributes.state == _RTS else None
+            wqe = self.fetch_send() if self.attributes.state == _RTS else None
             if wqe is None:
                 break
             record = sender.admit(wqe, 0)  # it gets a PSN only if it is sent

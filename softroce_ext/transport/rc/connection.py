@@ -107,6 +107,11 @@ class Connection(QueuePair):
             self.heap_at = when
             self.engine.push_timer(when, self)
 
+    def observe_timer(self, kind: str) -> None:
+        """A timer acts now: ack, rnr, pause or resume."""
+        if self.engine.observer is not None:
+            self.engine.observer.timer(self.attributes.qpn, kind)
+
     def retransmission_deadlines(self) -> list[float]:
         """The deadlines of the sender that are set."""
         sender = self.sender

@@ -34,7 +34,7 @@ def send_requests(qp: Connection, now: float, sink: FrameSink, budget: int) -> i
         else:
             if attributes.state != _RTS:
                 return sent  # SQD starts nothing new
-            wqe = qp.send_queue.fetch()
+            wqe = qp.fetch_send()
             if wqe is None:
                 return sent
             record = admit(sender, attributes, wqe)

@@ -20,9 +20,11 @@ def on_timer(qp: Connection, now: float) -> None:
         match qp.movement.state:
             case MovementState.RESUMING | MovementState.RESUMING_PAUSED:
                 if _due(qp.movement.resume_deadline, now):
+                    qp.observe_timer("resume")
                     movement.resume_timer(qp, now)
             case MovementState.PAUSED:
                 if _due(qp.movement.pause_deadline, now):
+                    qp.observe_timer("pause")
                     movement.pause_timer(qp, now)
             case MovementState.RUNNING:
                 _retransmission_timer(qp, now)
@@ -42,9 +44,11 @@ def _retransmission_timer(qp: Connection, now: float) -> None:
     sender = qp.sender
     if sender.rnr_deadline is not None:
         if _due(sender.rnr_deadline, now):
+            qp.observe_timer("rnr")
             sender.end_rnr_wait()
             qp.make_ready()
     elif _due(sender.ack_deadline, now):
+        qp.observe_timer("ack")
         _ack_timer(qp, now)
 
 

@@ -120,8 +120,9 @@ def test_an_engine_after_the_trace_is_as_before(tmp_path: Path) -> None:
     engine, queues = here.host.engine, (here.qp.send_queue, here.qp.receive_queue)
     before = set(vars(engine))
     trace = QpTrace(engine, str(tmp_path / "trace.jsonl"))
-    assert "receive" in vars(engine)
+    assert engine.observer is trace
     trace.close()
+    assert engine.observer is None
     assert set(vars(engine)) == before == set(vars(Engine()))
     assert (here.qp.send_queue, here.qp.receive_queue) == queues
     assert trace.close() == trace.lines  # once more does no harm
@@ -136,7 +137,7 @@ def test_a_trace_ends_by_itself_at_its_limit(tmp_path: Path) -> None:
     here.post(WrOpcode.RDMA_WRITE, 1, BASE, 30000)
     world.run(lambda: bool(here.scq.entries))
     assert lines(file)[-1]["event"] == "limit" and len(lines(file)) == 11
-    assert "receive" not in vars(here.host.engine)
+    assert here.host.engine.observer is None
 
 
 def test_what_is_refused_is_told(tmp_path: Path) -> None:
