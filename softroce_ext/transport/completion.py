@@ -226,6 +226,7 @@ class WorkQueues(ABC):
     def complete_receive(
         self,
         now: float,
+        receive: RecvWqe | None,
         opcode: int,
         byte_len: int,
         imm: int,
@@ -233,14 +234,13 @@ class WorkQueues(ABC):
         solicited: bool,
         source_qpn: int = 0,
     ) -> None:
-        """HOT. The receive in use is complete: give its slot back, then (deferred) publish its completion.
+        """HOT. A receive is complete: give its slot back, then (deferred) publish its completion.
 
         source_qpn: of a datagram; rxe leaves a connection's 0, and says of every receive that it came with a GRH.
         """
-        receiver = self.receiver
-        receive = receiver.release_receive()
         if receive is None:
             return
+        receiver = self.receiver
         self.recv_segments = None
         attributes = self.attributes
         if not attributes.srq:

@@ -203,4 +203,4 @@ class EventSink(Protocol):
     def qp_event(self, qpn: int, event: int) -> None: ...
 
     def owner_gone(self, qpn: int) -> bool:
-        """Whether the process that the queue pair belongs to has ended: nobody has told the device yet."""
+        """Whether the process that the queue pair belongs to has ended, even if the device was not told yet."""

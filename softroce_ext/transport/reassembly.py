@@ -114,8 +114,9 @@ def execute_write(qp: QueuePair, packet: Packet, flags: int, now: float) -> bool
         if flags & _IMM:
             at = packet.headers_at + (RETH.size if flags & _START else 0)
             imm = int.from_bytes(packet.raw[at : at + 4], "little")
-            solicited = bool(packet.first_word & SOLICITED)
-            qp.complete_receive(now, _RECV_RDMA_WITH_IMM, total, imm, _WITH_IMM, solicited)
+            solicited = packet.first_word & SOLICITED != 0
+            receive = receiver.release_receive()
+            qp.complete_receive(now, receive, _RECV_RDMA_WITH_IMM, total, imm, _WITH_IMM, solicited)
     else:
         receiver.message = _WRITE
         receiver.write_address = address + length
@@ -127,14 +128,19 @@ def execute_write(qp: QueuePair, packet: Packet, flags: int, now: float) -> bool
 
 def execute_send(qp: QueuePair, packet: Packet, flags: int, now: float) -> bool:
     """HOT. One packet of a SEND; False when no receive is posted (RNR). Raises RequestFault."""
-    receiver = qp.receiver
+    receiver, mtu = qp.receiver, qp.attributes.path_mtu
     payload = packet.payload
     length = len(payload)
-    _check_send_packet(qp, flags, length)
+    if (not flags & _START) == (not receiver.message) or receiver.message == _WRITE:
+        raise invalid_request()
+    if length > mtu if flags & _END else length != mtu:
+        raise invalid_request()
     if flags & _START:
         if receiver.recv_wqe is None and not fetch_receive(qp, packet.psn):  # UC: a cut-off message may have left one
             return False
         receiver.recv_offset = 0
+    elif length == 0:
+        raise invalid_request()  # a LAST has at least one byte
     receive = receiver.recv_wqe
     if receive is None:
         raise remote_operational()
@@ -156,21 +162,9 @@ def execute_send(qp: QueuePair, packet: Packet, flags: int, now: float) -> bool:
     imm, wc_flags = 0, 0
     if flags & (_IMM | _INVALIDATE):
         imm, wc_flags = _immediate(qp, packet, flags)
-    receiver.complete_message()
-    qp.complete_receive(now, _RECV, offset + length, imm, wc_flags, bool(packet.first_word & SOLICITED))
+    receiver.complete_send()
+    qp.complete_receive(now, receive, _RECV, offset + length, imm, wc_flags, packet.first_word & SOLICITED != 0)
     return True
-
-
-def _check_send_packet(qp: QueuePair, flags: int, length: int) -> None:
-    """HOT. Whether a SEND's packet may come now, and has the length that its place demands (IBA 9.7.4.1.3)."""
-    receiver, mtu = qp.receiver, qp.attributes.path_mtu
-    if bool(flags & _START) == bool(receiver.message) or receiver.message == _WRITE:
-        raise invalid_request()
-    if not flags & _END:
-        if length != mtu:
-            raise invalid_request()
-    elif length > mtu or (length == 0 and not flags & _START):
-        raise invalid_request()
 
 
 def _immediate(qp: QueuePair, packet: Packet, flags: int) -> tuple[int, int]:
@@ -187,10 +181,13 @@ def _immediate(qp: QueuePair, packet: Packet, flags: int) -> tuple[int, int]:
 
 def fetch_receive(qp: QueuePair, psn: int) -> bool:
     """Take a posted receive into use. Without one, returns False: the service answers or counts that."""
-    receive = qp.fetch_receive()
+    receive = qp.receive_queue.fetch()
     if receive is None:
         qp.no_receive(psn)
         return False
+    observer = qp.engine.observer
+    if observer is not None:
+        observer.fetched(qp.attributes.qpn, receive)
     if qp.attributes.srq:
         qp.receive_queue.retire()
     qp.receiver.recv_wqe = receive

@@ -101,9 +101,10 @@ class UdQueuePair(QueuePair):
         if packet.opcode == op.UD | op.SEND_ONLY_IMM:
             at = packet.headers_at + DETH.size
             imm, flags = int.from_bytes(packet.raw[at : at + 4], "little"), int(WcFlag.WITH_IMM)
+        receiver.release_receive()
         self.complete_receive(
-            now, WcOpcode.RECV, GRH_BYTES + len(payload), imm, flags,
-            bool(packet.first_word & SOLICITED), source & 0xFFFFFF,
+            now, receive, WcOpcode.RECV, GRH_BYTES + len(payload), imm, flags,
+            packet.first_word & SOLICITED != 0, source & 0xFFFFFF,
         )  # fmt: skip
 
     # -- sending ---------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def _read_response(qp: Connection, packet: Packet, flags: int, now: float) -> No
     payload = packet.payload
     if (
         len(payload) != (record.wqe.length - offset if last else mtu)
-        or bool(flags & _END) != last
+        or (flags & _END != 0) != last
         or (index == 0 and not flags & _START)
         or (flags & (_START | _END) and packet.raw[packet.headers_at] & AETH_KIND != AETH_ACK)
     ):
@@ -208,7 +208,9 @@ def _read_response(qp: Connection, packet: Packet, flags: int, now: float) -> No
     sender.una_psn = psn + 1 & PSN_MASK
     if last:
         qp.retire_oldest(now)
-    elif not (sender.retry_started or sender.send_psn == psn or qp.movement.state in PAUSED_STATES):
+    elif not (
+        sender.retry_started or sender.send_psn == psn or ((moving := qp.movement.state) and moving in PAUSED_STATES)
+    ):
         # `progress`, without what cannot be in the middle of an undisturbed READ.
         sender.retry_left = attributes.retry_cnt
         timeout = sender.ack_timeout_now

@@ -23,7 +23,7 @@ _SOLICITED_FLAG = int(SendFlag.SOLICITED)
 def send_requests(qp: Connection, now: float, sink: FrameSink, budget: int) -> int:
     """HOT. Send up to `budget` request packets; returns how many. `qp.more` tells whether the budget ended it."""
     attributes, sender = qp.attributes, qp.sender
-    window = qp.engine.window
+    window, observer = qp.engine.window, qp.engine.observer
     sent = 0
     while sent < budget:
         inflight = sender.inflight
@@ -34,9 +34,11 @@ def send_requests(qp: Connection, now: float, sink: FrameSink, budget: int) -> i
         else:
             if attributes.state != _RTS:
                 return sent  # SQD starts nothing new
-            wqe = qp.fetch_send()
+            wqe = qp.send_queue.fetch()
             if wqe is None:
                 return sent
+            if observer is not None:
+                observer.fetched(attributes.qpn, wqe)
             record = admit(sender, attributes, wqe)
             if record.status:
                 qp.settle(now)

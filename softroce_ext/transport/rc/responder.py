@@ -75,9 +75,9 @@ def receive_request(qp: Connection, packet: Packet, flags: int, now: float) -> N
         return
     try:
         if flags & _WRITE:
-            done = int(execute_write(qp, packet, flags, now))
+            done: int = execute_write(qp, packet, flags, now)
         elif flags & _SEND:
-            done = int(execute_send(qp, packet, flags, now))
+            done = execute_send(qp, packet, flags, now)
         elif flags & _READ:
             done = _read(qp, packet)
         else:

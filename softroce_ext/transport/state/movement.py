@@ -10,7 +10,8 @@ The rules:
 
 1. A Stopped queue pair learns nothing that its dump would not have: it takes no answer, and it answers a RESUME by
    NAK_STOPPED rather than by an ACK, which only the end that finally runs may give.
-2. Nothing is lost by a stop: whoever leaves Stopped goes back to its first unacknowledged PSN with fresh retry counts.
+2. Nothing is lost by a stop: a queue pair that leaves Stopped goes back to its first unacknowledged PSN, with fresh
+   retry counts.
 3. A Paused queue pair spends no retry and reports nothing. It still takes answers, which are true.
 4. Paused ends: by a RESUME, by an answer which shows that the peer has executed what it had refused, or after a limit,
    when ordinary retransmission finds out what has become of the peer.

@@ -97,9 +97,15 @@ class Receiver:
         self.expected_psn = psn
 
     def complete_message(self) -> None:
-        """HOT. The last packet of a SEND or WRITE was executed."""
+        """HOT. The last packet of a WRITE was executed."""
         self.message = 0
         self.msn = self.msn + 1 & PSN_MASK
+
+    def complete_send(self) -> None:
+        """HOT. As `complete_message`, of a SEND: its receive is in use no longer."""
+        self.message = 0
+        self.msn = self.msn + 1 & PSN_MASK
+        self.recv_wqe = None
 
     def next_msn(self) -> int:
         """Count a READ, an atomic or a message that failed as it completed; returns its MSN."""

@@ -111,7 +111,7 @@ class Sender:
         self.cursor += 1
 
     def take_psn(self) -> int:
-        """HOT. The PSN of a datagram, which nobody will acknowledge."""
+        """HOT. The PSN of a datagram, which is never acknowledged."""
         psn = self.send_psn
         self.send_psn = self.una_psn = self.high_psn = self.next_psn = psn + 1 & PSN_MASK
         return psn

@@ -23,14 +23,6 @@ class Statistics:
     gap_longest_end: float | None = None
     """Time of the completion that ended the longest gap; None until there were two."""
 
-    def _completed(self, now: float) -> None:
-        """HOT. Keep the longest time between two completions."""
-        last = self.gap_last
-        if last is not None and now - last > self.gap_longest:
-            self.gap_longest = now - last
-            self.gap_longest_end = now
-        self.gap_last = now
-
     def retransmitted(self, packets: int) -> None:
         """`packets` request packets were sent again."""
         self.retransmits += packets
@@ -38,12 +30,20 @@ class Statistics:
     def send_completed(self, now: float) -> None:
         """HOT. A send request was completed with success."""
         self.completed_sends += 1
-        self._completed(now)
+        last = self.gap_last
+        if last is not None and now - last > self.gap_longest:
+            self.gap_longest = now - last
+            self.gap_longest_end = now
+        self.gap_last = now
 
     def receive_completed(self, now: float) -> None:
         """HOT. A receive was completed with success."""
         self.completed_receives += 1
-        self._completed(now)
+        last = self.gap_last
+        if last is not None and now - last > self.gap_longest:
+            self.gap_longest = now - last
+            self.gap_longest_end = now
+        self.gap_last = now
 
     def reset_gaps(self) -> None:
         """Forget the gap statistics."""
