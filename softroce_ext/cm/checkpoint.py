@@ -1,28 +1,28 @@
-"""Opens of rdma_cm to an image and back: ids with their addresses and states, connections, memberships, events.
+"""Openings of rdma_cm to an image and back: ids with their addresses and states, connections, memberships, events.
 
-As with contexts of verbs, a dump reads and changes nothing, a restore enters all or nothing, and what was restored is
-held: it sends nothing, and what comes for it is dropped (peers repeat it) until the program runs again.
+As with user contexts, a dump reads and changes nothing, a restore enters all or nothing, and what was restored is held:
+it sends nothing, and messages for it are dropped (peers repeat them) until the program runs again.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
 from softroce_ext.cm import messages as m
 from softroce_ext.cm.connection import Connection, State
 from softroce_ext.cm.ids import CmEvent, CmId, Endpoint, EventType, Group, IdState
+from softroce_ext.cm.interfaces import File
 from softroce_ext.cm.manager import CommunicationManager
 from softroce_ext.cm.records import ConnectionRecord, EndpointRecord, EventRecord, FileRecord, GroupRecord, IdRecord
 from softroce_ext.device.checkpoint import moved
 from softroce_ext.device.errors import ImageError, VerbsError
 from softroce_ext.wire.path import Path
 
-MakeFile = Callable[[FileRecord], Any]
-"""Makes the `server.CmFile` of a record, which is restored and not yet attached."""
+FileT = TypeVar("FileT", bound=File)
 _SCALARS: Final = (
     "handle", "uid", "port_space", "qp_type", "on_device", "flow_label", "tos", "reuse", "family_only", "ack_timeout",
     "qkey", "psn", "responder_resources", "initiator_depth", "retry_count", "rnr_retry_count", "path_mtu", "backlog",
@@ -37,18 +37,18 @@ _REQUESTS: Final[dict[State, tuple[m.Kind | None, ...]]] = {
     State.SIDR_RCVD: (m.Kind.SIDR_REQ,),
     State.CLOSED: (m.Kind.REQ, m.Kind.SIDR_REQ),
 }
-"""What may have begun a connection that is in a state."""
+"""The kinds of message that can have started a connection in each state."""
 
 
 # -- dump --------------------------------------------------------------------------------------------------------------
 
 
-def dump(cm: CommunicationManager, files: list[Any]) -> list[dict[str, Any]]:
-    """Describe opens of rdma_cm completely; their programs must be frozen, and held."""
+def dump(cm: CommunicationManager, files: Sequence[File]) -> list[dict[str, Any]]:
+    """Describe openings of rdma_cm completely; their programs must be frozen, and held."""
     return [_dump_file(cm, file).model_dump() for file in files]
 
 
-def _dump_file(cm: CommunicationManager, file: Any) -> FileRecord:
+def _dump_file(cm: CommunicationManager, file: File) -> FileRecord:
     uid, gid = file.channel.owner
     held_at = file.queue.held_at
     assert held_at is not None, "a program that may be running"
@@ -99,7 +99,7 @@ def _dump_endpoint(endpoint: Endpoint | None) -> EndpointRecord | None:
     return EndpointRecord(ip=endpoint.ip.hex(), port=endpoint.port, scope=endpoint.scope)
 
 
-def _dump_connection(cm: CommunicationManager, connection: Connection, held_at: float) -> ConnectionRecord:
+def _dump_connection(cm: CommunicationManager, connection: Connection[CmId], held_at: float) -> ConnectionRecord:
     request, last, left, interval = connection.memory()
     kept = cm.connections.holds(connection)
     return ConnectionRecord(
@@ -138,12 +138,15 @@ def parse(plain: list[dict[str, Any]]) -> list[FileRecord]:
 def restore(
     cm: CommunicationManager,
     records: list[FileRecord],
-    make_file: MakeFile,
+    make_file: Callable[[FileRecord], FileT],
     addresses: dict[bytes, bytes],
     now: float,
-) -> list[Any]:
-    """Make every id of the records, all or nothing; `addresses`: IP address there → here. Raises ImageError."""
-    made: list[Any] = []
+) -> list[FileT]:
+    """Make every id of the records, all or nothing; `addresses`: IP address there → here. Raises ImageError.
+
+    make_file: makes the opening of a record, which is restored and not yet attached.
+    """
+    made: list[FileT] = []
     record: FileRecord | None = None
     try:
         for record in records:
@@ -154,8 +157,6 @@ def restore(
     except Exception as error:  # whatever is wrong with an image, nothing of it may stay
         for file in made:
             cm.discard(file.queue)
-        if isinstance(error, ImageError):
-            raise
         what = f"refers to {error}, which is not in the image" if isinstance(error, KeyError) else str(error)
         raise ImageError(f"rdma_cm file {record.id if record else '?'}: {what}") from error
     return made
@@ -164,7 +165,7 @@ def restore(
 class _Fill:
     """Puts one file's ids where they belong."""
 
-    def __init__(self, cm: CommunicationManager, file: Any, addresses: dict[bytes, bytes], now: float) -> None:
+    def __init__(self, cm: CommunicationManager, file: File, addresses: dict[bytes, bytes], now: float) -> None:
         self._cm = cm
         self._file = file
         self._addresses = addresses
@@ -185,10 +186,10 @@ class _Fill:
             kind = EventType(event.kind)
             child = ids[event.child] if event.child is not None else None
             if (kind is EventType.CONNECT_REQUEST) != (child is not None):
-                raise ImageError(f"an event of {kind.name} has a new id where none belongs, or none")
+                raise ImageError(f"an event of {kind.name} must have a new id if and only if it is a CONNECT_REQUEST")
             group = groups[event.group] if event.group is not None else None
             param = bytes.fromhex(event.param)
-            # Not by `post`: the byte for it is in the FIFO that is restored with the program.
+            # Not by `post`: its byte is in the FIFO that is restored with the program.
             self._file.queue.events.append(
                 CmEvent(ids[event.counted], kind, event.status, param, child, group, (event.ece[0], event.ece[1]))
             )
@@ -208,7 +209,7 @@ class _Fill:
         if cm_id.state is not IdState.IDLE and source is None:
             raise ImageError(f"rdma_cm id {record.handle}: {cm_id.state.name} without an address")
         if source is not None and cm_id.destination is not None and len(source.ip) != len(cm_id.destination.ip):
-            raise ImageError(f"rdma_cm id {record.handle}: its addresses are of two families")
+            raise ImageError(f"rdma_cm id {record.handle}: its addresses are of different families")
         if source is not None and source.port == 0:
             raise ImageError(f"rdma_cm id {record.handle}: port 0")
         if source is not None and record.bound:
@@ -230,9 +231,9 @@ class _Fill:
         ip = bytes.fromhex(record.ip)
         return Endpoint(self._addresses.get(ip, ip) if own else ip, record.port, record.scope)
 
-    def _connection(self, record: ConnectionRecord, owner: CmId) -> Connection:
+    def _connection(self, record: ConnectionRecord, owner: CmId) -> Connection[CmId]:
         cm = self._cm
-        connection = Connection(record.local_id, record.transaction_id)
+        connection: Connection[CmId] = Connection(record.local_id, record.transaction_id)
         connection.remote_id, connection.state = record.remote_id, State(record.state)
         connection.remote_qpn, connection.remote_psn = record.remote_qpn, record.remote_psn
         request, last = self._mad(record.request), self._mad(record.last)
@@ -243,18 +244,18 @@ class _Fill:
         connection.deadline = self._now + record.remaining if record.remaining is not None else None
         connection.owner = owner
         if (record.path is None) != (connection.state is State.CLOSED):
-            raise ImageError(f"{where}: {record.state} with a path, or without one")
-        if record.path is None:  # only its id knows of it, and nothing can come for it
+            raise ImageError(f"{where}: {record.state} must have a path if and only if it is not over")
+        if record.path is None:  # only its id refers to it, and no message can be for it
             if record.passive or record.remaining is not None:
-                raise ImageError(f"{where}: {record.state}, and something is still to come")
+                raise ImageError(f"{where}: {record.state}, but it is over and has nothing to wait for")
             return connection
         if record.local_id in cm.connections.by_id:
             raise ImageError(f"the connection id {record.local_id:#x} is taken here")
         if record.passive and request is None:
             raise ImageError(f"{where}: passive without a request")
-        cm.connections.enter(connection, moved(cm.adapter, Path.from_plain(record.path), self._addresses))
+        cm.connections.enter(connection, moved(cm.adapter.mac, Path.from_plain(record.path), self._addresses))
         if record.passive:
-            cm.connections.know_peer(connection)
+            cm.connections.index_by_peer(connection)
         return connection
 
     def _mad(self, text: str | None) -> m.Message | None:
@@ -266,8 +267,8 @@ class _Fill:
             raise ImageError(f"rdma_cm message: {error}") from None
 
 
-def summary(cm: CommunicationManager, file: Any) -> dict[str, Any]:
-    """Plain data of one open for the management socket."""
+def summary(cm: CommunicationManager, file: File) -> dict[str, Any]:
+    """Return plain data of one opening for the management socket."""
 
     def text(endpoint: Endpoint | None) -> str | None:
         if endpoint is None:

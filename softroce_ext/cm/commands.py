@@ -1,6 +1,6 @@
 """The table of rdma_cm's commands (rdma/rdma_user_cm.h), and what their handlers share.
 
-A handler gets the manager, the file (`server.CmFile`) that the command was written to, the command's body and the time.
+A handler gets the manager, the file that the command was written to, the command's body and the time.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Final
+from typing import Final
 
 from softroce_ext.cm.ids import CmId
+from softroce_ext.cm.interfaces import File
 from softroce_ext.cm.manager import CommunicationManager
 from softroce_ext.device.errors import VerbsError
 
 Body = memoryview
-Handler = Callable[[CommunicationManager, Any, Body, float], bytes]
+Handler = Callable[[CommunicationManager, File, Body, float], bytes]
 
 
 class Command(IntEnum):
@@ -59,11 +60,11 @@ def handles(command: Command) -> Callable[[Handler], Handler]:
     return register
 
 
-def get(cm: CommunicationManager, file: Any, handle: int) -> CmId:
-    """The id of a handle; another program's is as unknown as none."""
+def get(cm: CommunicationManager, file: File, handle: int) -> CmId:
+    """Return the id with `handle`. Raises VerbsError: ENOENT for an unknown one, EINVAL for another file's."""
     cm_id = cm.ids.get(handle)
     if cm_id is None:
-        raise VerbsError(errno.ENOENT, f"no rdma_cm id {handle}")
+        raise VerbsError(errno.ENOENT, f"there is no rdma_cm id {handle}")
     if cm_id.queue is not file.queue:
         raise VerbsError(errno.EINVAL, f"rdma_cm id {handle} belongs to another file")
     return cm_id

@@ -1,4 +1,4 @@
-"""What the manager writes into a REQ and a REP, and what one says to the other end's program."""
+"""The fields of a REQ and a REP, and the connection parameters that they report to the peer's program."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Final
 
 from softroce_ext.cm import messages as m
 from softroce_ext.cm.addresses import HOP_LIMIT
-from softroce_ext.cm.ids import QPT_UC, CmId
+from softroce_ext.cm.ids import CmId
 from softroce_ext.cm.params import ConnParam, conn_param
 from softroce_ext.device import limits
 from softroce_ext.device.addressing import gid_of
 from softroce_ext.device.errors import VerbsError
+from softroce_ext.transport.verbs import QpType
 
-PKEY: Final = 0xFFFF
+LID_PERMISSIVE: Final = 0xFFFF
+"""Ethernet has no LIDs; Linux writes this."""
 RESPONSE_TIMEOUT_CODE: Final = 20
 MAX_RETRIES: Final = 15
 
@@ -29,18 +31,18 @@ def request(cm_id: CmId, param: ConnParam, service: int, guid: bytes) -> dict[st
         "responder_resources": param.responder_resources,
         "initiator_depth": param.initiator_depth,
         "remote_cm_response_timeout": RESPONSE_TIMEOUT_CODE,
-        "transport_type": int(cm_id.qp_type == QPT_UC),
+        "transport_type": int(cm_id.qp_type == QpType.UC),
         "end_to_end_flow_control": param.flow_control & 1,
         "starting_psn": cm_id.psn,
         "local_cm_response_timeout": RESPONSE_TIMEOUT_CODE,
         "retry_count": cm_id.retry_count,
-        "pkey": PKEY,
+        "pkey": limits.DEFAULT_PKEY,
         "path_mtu": cm_id.path_mtu,
         "rnr_retry_count": cm_id.rnr_retry_count,
         "max_cm_retries": MAX_RETRIES,
         "srq": int(param.srq != 0),
-        "primary_local_lid": 0xFFFF,
-        "primary_remote_lid": 0xFFFF,
+        "primary_local_lid": LID_PERMISSIVE,
+        "primary_remote_lid": LID_PERMISSIVE,
         "primary_local_gid": int.from_bytes(gid_of(cm_id.source.ip), "big"),
         "primary_remote_gid": int.from_bytes(gid_of(cm_id.destination.ip), "big"),
         "primary_flow_label": cm_id.flow_label,
@@ -71,12 +73,13 @@ def reply(cm_id: CmId, param: ConnParam, guid: bytes) -> dict[str, int]:
 
 def check_private(kind: m.Kind, private: bytes) -> None:
     """Raise VerbsError(EINVAL) for more private data than the message takes."""
-    if len(private) > m.LAYOUTS[kind].private[1]:
-        raise VerbsError(errno.EINVAL, f"too much private data for {kind.name}")
+    _, room = m.LAYOUTS[kind].private
+    if len(private) > room:
+        raise VerbsError(errno.EINVAL, f"{len(private)} bytes of private data, a {kind.name} takes {room}")
 
 
 def ece(message: m.Message) -> tuple[int, int]:
-    """What a REQ or REP says of enhanced connection establishment: the vendor's id and its options."""
+    """Return the enhanced connection establishment of a REQ or REP: the vendor's id and its options."""
     if message.kind is m.Kind.REQ:
         return message["vendor_id"], message.modifier
     if message.kind is not m.Kind.REP:
@@ -85,8 +88,8 @@ def ece(message: m.Message) -> tuple[int, int]:
     return int.from_bytes(bytes(parts), "big"), message.modifier
 
 
-def told(message: m.Message, private: bytes) -> bytes:
-    """What a REQ or REP says, from the other end's point of view: its initiator depth is our responder resources."""
+def peer_parameters(message: m.Message, private: bytes) -> bytes:
+    """Return the parameters of a REQ or REP as they are here: the peer's initiator depth is our responder resources."""
     return conn_param(
         qp_num=message["local_qpn"],
         private=private,

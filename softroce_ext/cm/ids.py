@@ -1,4 +1,4 @@
-"""What a program sees: rdma_cm_id with its addresses and state, the events that wait for it, and port numbers."""
+"""What a program sees: rdma_cm_id with its addresses and state, its waiting events, and port numbers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from softroce_ext.cm.connection import Connection
 from softroce_ext.device.errors import VerbsError
 
 PS_IPOIB, PS_TCP, PS_UDP, PS_IB = 0x0002, 0x0106, 0x0111, 0x013F
-QPT_RC, QPT_UC, QPT_UD = 2, 3, 4
 MAX_BACKLOG: Final = 1024
 MAX_IDS: Final = 65536
 HANDLES_PER_BASE: Final = 1 << 20
-"""Handles of ids and memberships that a NIC of one number base has."""
+"""Handles of ids and memberships that a NIC with one number base can give."""
 EPHEMERAL: Final = (32768, 60999)
 
 AF_IB: Final = 27
@@ -66,7 +65,7 @@ class Endpoint(NamedTuple):
 
     @property
     def unspecific(self) -> bool:
-        """Whether it is of no device: "any", or the host's loopback (which rdma_cm takes for the same)."""
+        """Whether it names no device: "any", or the host's loopback (which rdma_cm takes for the same)."""
         return self.wildcard or (self.ip[0] == 127 if len(self.ip) == 4 else self.ip == _LOOPBACK6)
 
     def pack(self) -> bytes:
@@ -78,7 +77,7 @@ class Endpoint(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes | memoryview, size: int | None = None) -> Endpoint | None:
-        """None for the family 0. size: that the program said; it must be that of the family.
+        """Return None for family 0. size: as the program gave it; it must be that of the family.
 
         Raises VerbsError: EAFNOSUPPORT for InfiniBand addresses, EINVAL for other families and sizes.
         """
@@ -98,7 +97,7 @@ class Endpoint(NamedTuple):
 
 
 class IdState(Enum):
-    """enum rdma_cm_state, as far as a program can tell."""
+    """enum rdma_cm_state, as far as a program can observe it."""
 
     IDLE = 0
     BOUND = 1
@@ -123,8 +122,8 @@ class CmId:
     source: Endpoint | None = None
     destination: Endpoint | None = None
     on_device: bool = False
-    """Whether an address of the device belongs to it (QUERY tells the device's GUID then)."""
-    connection: Connection | None = None
+    """Whether an address of the device belongs to it (QUERY answers with the device's GUID then)."""
+    connection: Connection[CmId] | None = None
     flow_label: int = 0
     tos: int = 0
     reuse: bool = False
@@ -133,7 +132,7 @@ class CmId:
     """Local ACK timeout code: twice a packet's life time, one more than its code of 18."""
     qkey: int = 0
     psn: int = 0
-    """PSN at which the peer shall begin to send."""
+    """PSN with which the peer shall start to send."""
     responder_resources: int = 0
     initiator_depth: int = 0
     retry_count: int = 7
@@ -146,7 +145,7 @@ class CmId:
     """Events that the program took; it acknowledges as many before it frees the id."""
     groups: dict[int, Group] = field(default_factory=dict)
 
-    def tell(self, kind: EventType, status: int = 0, param: bytes = b"", ece: tuple[int, int] = (0, 0)) -> None:
+    def emit(self, kind: EventType, status: int = 0, param: bytes = b"", ece: tuple[int, int] = (0, 0)) -> None:
         """Post an event of this id."""
         self.queue.post(CmEvent(self, kind, status, param, ece=ece))
 
@@ -164,52 +163,54 @@ class Group:
 
 @dataclass(slots=True, eq=False)
 class CmEvent:
-    """An event in a queue. `counted` is the id to which it counts; `child` a CONNECT_REQUEST's new id."""
+    """An event in a queue."""
 
     counted: CmId
+    """The id that it counts to."""
     kind: EventType
     status: int = 0
     param: bytes = b""
     child: CmId | None = None
+    """The new id of a CONNECT_REQUEST."""
     group: Group | None = None
     ece: tuple[int, int] = (0, 0)
-    """What the other end's program said of enhanced connection establishment."""
+    """The enhanced connection establishment options of the peer's program."""
 
 
 class EventQueue:
-    """The events of one open of rdma_cm. `tell(n)` puts n bytes into its FIFO, or takes −n out."""
+    """The events of one opening of rdma_cm."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
+    def __init__(self, signal: Callable[[int], None]) -> None:
+        """signal(n): put n bytes into the FIFO of the opening, or take −n out."""
         self.events: deque[CmEvent] = deque()
         self.held_at: float | None = None
-        """Since when a checkpoint holds the program: it is frozen, and its ids stand still."""
-        self._tell = tell
-        self.owner: Any = None
+        """Since when the program is held: it is frozen, and the times of its ids have stopped."""
+        self._signal = signal
 
     def post(self, event: CmEvent) -> None:
         """Append one."""
         self.events.append(event)
-        self._tell(1)
+        self._signal(1)
 
     def take(self) -> CmEvent:
-        """The oldest. Raises VerbsError(EAGAIN) when there is none."""
+        """Return the oldest event. Raises VerbsError(EAGAIN) when there is none."""
         if not self.events:
             raise VerbsError(errno.EAGAIN, "no event")
-        self._tell(-1)
+        self._signal(-1)
         return self.events.popleft()
 
     def withdraw(self, cm_id: CmId, group: Group | None = None) -> list[CmEvent]:
-        """Take out what counts to an id (and to `group`, when there is one)."""
+        """Take out the events that count to an id (and to `group`, if given), and return them."""
         gone = [event for event in self.events if event.counted is cm_id and (group is None or event.group is group)]
         if gone:
             marked = set(gone)
             self.events = deque(event for event in self.events if event not in marked)
-            self._tell(-len(gone))
+            self._signal(-len(gone))
         return gone
 
 
 class Ports:
-    """Who has which port of which port space."""
+    """Which ids have which port of which port space."""
 
     def __init__(self, random: Callable[[int], int]) -> None:
         """random(n): a number below n."""
@@ -226,19 +227,19 @@ class Ports:
         return endpoint
 
     def check(self, cm_id: CmId, endpoint: Endpoint, reuse: bool) -> None:
-        """Whether the endpoint's port is free for an id; reuse: others who want to share it are no obstacle.
+        """Check that the endpoint's port is free for an id; reuse: it may be shared with ids that allow that, too.
 
-        Raises VerbsError: EADDRINUSE when another id has the same address, EADDRNOTAVAIL when one of both has any.
+        Raises VerbsError: EADDRINUSE when another id has the same address, EADDRNOTAVAIL when one of the two has "any".
         """
         for other in self._ids.get((cm_id.port_space, endpoint.port), ()):
             self._collide(cm_id, endpoint, other, reuse)
 
     def holds(self, cm_id: CmId) -> bool:
-        """Whether an id has its port itself (a connection that a listener took has none of its own)."""
+        """Whether an id has its port itself (a connection that a listener accepted has none of its own)."""
         return cm_id.source is not None and cm_id in self._ids.get((cm_id.port_space, cm_id.source.port), ())
 
     def adopt(self, cm_id: CmId, endpoint: Endpoint) -> None:
-        """Take the port of an id that was bound elsewhere. Only programs that were here can be in its way.
+        """Take the port of an id that was bound elsewhere. Only programs that were here before can collide with it.
 
         Raises VerbsError as `check`.
         """
@@ -255,9 +256,9 @@ class Ports:
         if cm_id.family_only and other.family_only and len(there.ip) != len(endpoint.ip):
             return
         if there.unspecific or endpoint.unspecific:
-            raise VerbsError(errno.EADDRNOTAVAIL, f"port {endpoint.port}, which another id has")
+            raise VerbsError(errno.EADDRNOTAVAIL, f"another id has port {endpoint.port}")
         if there.ip == endpoint.ip:
-            raise VerbsError(errno.EADDRINUSE, f"port {endpoint.port}")
+            raise VerbsError(errno.EADDRINUSE, f"port {endpoint.port} is in use")
 
     def _free(self, port_space: int) -> int:
         low, high = EPHEMERAL
@@ -281,7 +282,7 @@ class Ports:
                 del self._ids[key]
 
     def listener(self, port_space: int, endpoint: Endpoint) -> CmId | None:
-        """Who listens there: one that is bound to the address before one that is bound to any."""
+        """Return the id that listens there: one that is bound to the address before one that is bound to "any"."""
         found = None
         for cm_id in self._ids.get((port_space, endpoint.port), ()):
             if cm_id.state is not IdState.LISTEN or cm_id.source is None:
@@ -289,7 +290,7 @@ class Ports:
             same = len(cm_id.source.ip) == len(endpoint.ip)
             if same and cm_id.source.ip == endpoint.ip:
                 return cm_id
-            # As of a socket: any IPv6 address means IPv4 ones too, unless the program wants its family only.
+            # As with a socket: "any" of IPv6 includes IPv4, unless the program wants its own family only.
             both = len(cm_id.source.ip) == 16 and not cm_id.family_only
             if cm_id.source.wildcard and (same or both):
                 found = cm_id

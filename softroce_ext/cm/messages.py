@@ -1,7 +1,7 @@
 """Communication management datagrams: a table of their fields, and bytes ⇄ `Message` (IBA volume 1, 12.6 and 13.4).
 
-A field is a name, where its first bit lies after the MAD header, and how many bits it has. Fields are unsigned
-integers (GIDs and addresses too); what is not named is zero.
+A field is a name, the position of its first bit after the MAD header, and its number of bits. Fields are unsigned
+integers (GIDs and addresses, too); bits without a name are zero.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Kind(IntEnum):
 
 
 class Reason(IntEnum):
-    """Reject reasons that we send or look at (table 108)."""
+    """Reject reasons that are sent or evaluated here (table 108)."""
 
     NO_RESOURCES = 3
     TIMEOUT = 4
@@ -45,7 +45,7 @@ class Reason(IntEnum):
 
 
 class Layout(NamedTuple):
-    """Fields as name → (first bit, bits), and where the private data is (byte, bytes)."""
+    """Fields as name → (first bit, bits), and the place of the private data (byte, bytes)."""
 
     fields: dict[str, tuple[int, int]]
     private: tuple[int, int]
@@ -138,7 +138,7 @@ LAYOUTS: Final[dict[Kind, Layout]] = {
 
 
 class MessageError(ValueError):
-    """A MAD that is no communication management message (the peer's fault)."""
+    """A MAD that is not a communication management message (the peer's fault)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +150,7 @@ class Message:
     fields: dict[str, int]
     private: bytes = b""
     modifier: int = 0
-    """The MAD's attribute modifier: of a REQ or REP what enhanced connection establishment (ECE) carries beside the
-    vendor's id."""
+    """The MAD's attribute modifier: in a REQ or REP, the options of enhanced connection establishment (ECE)."""
 
     def __getitem__(self, name: str) -> int:
         return self.fields[name]
@@ -212,7 +211,7 @@ class IpHeader(NamedTuple):
     destination: bytes
 
     def pack(self) -> bytes:
-        """36 bytes; addresses of 4 bytes stand at the end of their fields."""
+        """36 bytes; addresses of 4 bytes are at the end of their fields."""
         version = 4 if len(self.source) == 4 else 6
         ends = self.source.rjust(16, b"\0"), self.destination.rjust(16, b"\0")
         return _ADDRESSES.pack(0, version << 4, self.source_port, *ends)

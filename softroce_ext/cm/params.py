@@ -1,14 +1,14 @@
-"""The structures that connections' parameters have at the command ABI (rdma/rdma_user_cm.h, rdma/ib_user_verbs.h)."""
+"""The structures of connection parameters in the command ABI (rdma/rdma_user_cm.h, rdma/ib_user_verbs.h)."""
 
 from __future__ import annotations
 
 from struct import Struct
 from typing import Final, NamedTuple
 
-from softroce_ext.device.queue_pair import Destination
+from softroce_ext.device.address_handle import Destination
 
 UDP_QKEY: Final = 0x01234567
-"""RDMA_UDP_QKEY: what datagrams of rdma_cm have when nobody chooses."""
+"""RDMA_UDP_QKEY: the Q_Key of rdma_cm's datagrams unless a program chooses one."""
 CONN_PARAM: Final = Struct("<II256s8B")
 """struct rdma_ucm_conn_param."""
 UD_PARAM: Final = Struct("<II32s256sB7x")
@@ -31,7 +31,7 @@ class ConnParam(NamedTuple):
     rnr_retry_count: int
     valid: int
     ece: tuple[int, int] = (0, 0)
-    """Vendor's id and options of enhanced connection establishment, which the commands have elsewhere."""
+    """Vendor's id and options of enhanced connection establishment, which are elsewhere in the commands."""
 
     @classmethod
     def unpack(cls, data: bytes | memoryview, offset: int) -> ConnParam:

@@ -1,4 +1,4 @@
-"""What an image says of opens of rdma_cm. `device.image` keeps them as plain data; these models check them."""
+"""The records of rdma_cm's openings in an image. `device.image` keeps them as plain data; these models check them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class ConnectionRecord(Record):
     remaining: float | None = Field(ge=-1e9, le=1e9)
     """Seconds to the next repeat or end."""
     passive: bool
-    """Whether it is known by its peer's id."""
+    """Whether it is found by its peer's id."""
     path: dict[str, int | str] | None
-    """wire.path.Path.to_plain. One that is over has none; its id only remembers what it was."""
+    """wire.path.Path.to_plain. One that is over has none; its id only keeps its last state."""
 
 
 class GroupRecord(Record):
@@ -62,7 +62,7 @@ class IdRecord(Record):
     state: int
     source: EndpointRecord | None
     bound: bool
-    """Whether it has its port itself; what a listener took has its listener's."""
+    """Whether it has its port itself; a connection that a listener accepted has its listener's."""
     destination: EndpointRecord | None
     on_device: bool
     flow_label: int = Field(ge=0, lt=1 << 20)
@@ -81,7 +81,7 @@ class IdRecord(Record):
     waiting: int = _COUNT
     reported: int = _COUNT
     resolving: float | None = Field(ge=-1e9, le=1e9)
-    """Seconds that its destination may still take to be found."""
+    """Seconds that are left to resolve its destination."""
     connection: ConnectionRecord | None
     groups: list[GroupRecord] = Field(max_length=MAX_RECORDS)
 
@@ -99,7 +99,7 @@ class EventRecord(Record):
 
 
 class FileRecord(Record):
-    """One open of rdma_cm."""
+    """One opening of rdma_cm."""
 
     id: str = Field(pattern=r"^[0-9]+-[0-9]+$")
     inner_pid: int = Field(ge=1)

@@ -1,4 +1,4 @@
-"""Which connections there are, where each one's peer is, and to which one a message belongs."""
+"""The table of connections: where each one's peer is, and to which one a message belongs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softroce_ext.wire.path import Path
 
 MAX_CONNECTIONS: Final = 65536
 TRANSACTION: Final = 2 << 32
-"""The upper half of our transaction ids: the agent's number, as in Linux."""
+"""The upper half of transaction ids made here: the agent's number, as in Linux."""
 
 Peer = tuple[bytes, int, bool]
 """IP address, the peer's id of the connection, and whether it is a connection (or a resolution of a service)."""
@@ -25,43 +25,44 @@ RemoteQp = tuple[bytes, int]
 
 
 class ConnectionTable:
-    """All connections of one NIC, by our id and by the peer's."""
+    """All connections of one NIC, by the id here and by the peer's."""
 
     def __init__(self, random: Callable[[int], int]) -> None:
         """random(n): a number below n."""
         self._random = random
-        self.by_id: dict[int, Connection] = {}
+        self.by_id: dict[int, Connection[CmId]] = {}
         self.paths: dict[int, Path] = {}
-        """By our id: the way to the peer."""
-        self._by_peer: dict[Peer, Connection] = {}
+        """By the id here: the path to the peer."""
+        self._by_peer: dict[Peer, Connection[CmId]] = {}
         self._peers: dict[int, Peer] = {}
-        self._by_qp: dict[RemoteQp, list[Connection]] = {}
-        """Established ones, and some that were."""
+        self._by_qp: dict[RemoteQp, list[Connection[CmId]]] = {}
+        """Established connections, and some that were established."""
         self._qps: dict[int, RemoteQp] = {}
 
-    def new(self, path: Path, owner: CmId | None) -> Connection:
+    def new(self, path: Path, owner: CmId | None) -> Connection[CmId]:
         """A connection over `path`, with an id that is free. Raises VerbsError(ENOMEM)."""
         if len(self.by_id) >= MAX_CONNECTIONS:
             raise VerbsError(errno.ENOMEM, "too many connections")
         number = 0
         while number == 0 or number in self.by_id:
             number = self._random(1 << 32)
-        connection = Connection(number, TRANSACTION | int.from_bytes(number.to_bytes(4, "big"), "little"))
+        transaction = TRANSACTION | int.from_bytes(number.to_bytes(4, "big"), "little")
+        connection: Connection[CmId] = Connection(number, transaction)
         connection.owner = owner
         self.enter(connection, path)
         return connection
 
-    def enter(self, connection: Connection, path: Path) -> None:
-        """Keep a connection."""
+    def enter(self, connection: Connection[CmId], path: Path) -> None:
+        """Enter a connection."""
         self.by_id[connection.local_id] = connection
         self.paths[connection.local_id] = path
 
-    def holds(self, connection: Connection) -> bool:
-        """Whether it is kept here. One that is over is not, and its id may be another's by now."""
+    def holds(self, connection: Connection[CmId]) -> bool:
+        """Whether a connection is in the table. One that is over is not, and its id may be another's by now."""
         return self.by_id.get(connection.local_id) is connection
 
-    def know_peer(self, connection: Connection) -> None:
-        """A passive end is also found by its peer's id: the peer repeats its request before it knows ours."""
+    def index_by_peer(self, connection: Connection[CmId]) -> None:
+        """Let a passive end be found by its peer's id: the peer repeats its request before it knows the id here."""
         assert connection.request is not None
         peer = (
             self.paths[connection.local_id].destination_ip,
@@ -71,12 +72,12 @@ class ConnectionTable:
         self._by_peer[peer] = connection
         self._peers[connection.local_id] = peer
 
-    def has_peer(self, connection: Connection) -> bool:
-        """Whether `know_peer` was called."""
+    def has_peer(self, connection: Connection[CmId]) -> bool:
+        """Whether `index_by_peer` was called."""
         return connection.local_id in self._peers
 
-    def know_qp(self, connection: Connection) -> None:
-        """An established connection is also found by its peer's queue pair."""
+    def index_by_queue_pair(self, connection: Connection[CmId]) -> None:
+        """Let an established connection be found by its peer's queue pair, too."""
         number = connection.local_id
         qp = self.paths[number].destination_ip, connection.remote_qpn
         if self._qps.get(number) != qp:
@@ -84,7 +85,7 @@ class ConnectionTable:
             self._qps[number] = qp
             self._by_qp.setdefault(qp, []).append(connection)
 
-    def _forget_qp(self, connection: Connection) -> None:
+    def _forget_qp(self, connection: Connection[CmId]) -> None:
         qp = self._qps.pop(connection.local_id, None)
         if qp is not None:
             others = self._by_qp[qp]
@@ -92,8 +93,8 @@ class ConnectionTable:
             if not others:
                 del self._by_qp[qp]
 
-    def forget(self, connection: Connection) -> None:
-        """It is over."""
+    def forget(self, connection: Connection[CmId]) -> None:
+        """Forget a connection that is over."""
         self._forget_qp(connection)
         self.by_id.pop(connection.local_id, None)
         self.paths.pop(connection.local_id, None)
@@ -101,8 +102,8 @@ class ConnectionTable:
         if peer is not None and self._by_peer.get(peer) is connection:
             del self._by_peer[peer]
 
-    def find(self, message: Message, source: bytes) -> Connection | None:
-        """The connection that a message of `source` is about; nobody else may speak for it."""
+    def find(self, message: Message, source: bytes) -> Connection[CmId] | None:
+        """Return the connection that a message of `source` is about; a message from another address has none."""
         if message.kind is Kind.REQ:
             return self._by_peer.get((source, message["local_comm_id"], True))
         if message.kind is Kind.SIDR_REQ:
@@ -119,10 +120,10 @@ class ConnectionTable:
             return None
         return connection
 
-    def stale(self, message: Message, source: bytes) -> list[Connection]:
-        """Connections that the sender of a REQ must have forgotten: its queue pair asks anew (IBA 12.9.8.3.1).
+    def stale(self, message: Message, source: bytes) -> list[Connection[CmId]]:
+        """Return the connections that the sender of a REQ must have lost: its queue pair asks again (IBA 12.9.8.3.1).
 
-        Those of a held program are left alone: they stand still, and may be another NIC's by now.
+        Those of a held program are left alone: their times have stopped, and they may be on another NIC by now.
         """
         return [
             other
@@ -132,11 +133,11 @@ class ConnectionTable:
             and (other.owner is None or other.owner.queue.held_at is None)
         ]
 
-    def heard_from(self, connection: Connection, back: Path) -> None:
-        """A message of a connection came, and `back` leads to where from: a peer that was moved has another MAC."""
+    def heard_from(self, connection: Connection[CmId], reply_path: Path) -> None:
+        """A message of a connection came; `reply_path` leads to its sender: a peer that was moved has another MAC."""
         path = self.paths[connection.local_id]
-        if path.destination_mac != back.destination_mac:
-            self.paths[connection.local_id] = path.replace(destination_mac=back.destination_mac)
+        if path.destination_mac != reply_path.destination_mac:
+            self.paths[connection.local_id] = path.replace(destination_mac=reply_path.destination_mac)
 
     def peer_moved(self, remote_qpn: int, before: bytes, path: Path) -> None:
         """A RESUME said that the peer's queue pair at address `before` is now at the end of `path`."""
@@ -146,8 +147,8 @@ class ConnectionTable:
                 continue
             self.paths[number] = old.replace(destination_ip=path.destination_ip, destination_mac=path.destination_mac)
             if number in self._qps:
-                self.know_qp(connection)
+                self.index_by_queue_pair(connection)
             peer = self._peers.get(number)
             if peer is not None:
                 self._by_peer.pop(peer, None)
-                self.know_peer(connection)
+                self.index_by_peer(connection)

@@ -1,4 +1,4 @@
-"""The device's GIDs, and from a GID to the way of a packet: addresses, MACs, paths (RoCEv2 annex A17.3 to A17.4).
+"""The device's GIDs, and from a GID to the path of a packet: addresses, MACs, paths (RoCEv2 annex A17.3 to A17.4).
 
 A GID is an IPv6 address; an IPv4 address is the GID ::ffff:a.b.c.d. Row 0 of the table is the link-local address that
 follows from the MAC, as in Linux.
@@ -10,9 +10,9 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
+from softroce_ext.device.address_handle import Destination
 from softroce_ext.device.errors import NotYet, StateError, VerbsError
 from softroce_ext.device.limits import GID_TABLE_LENGTH
-from softroce_ext.device.queue_pair import Destination
 from softroce_ext.wire.path import Path, address_text, udp_source_port
 
 V4_PREFIX: Final = bytes(10) + b"\xff\xff"
@@ -53,25 +53,24 @@ def guid_of(mac: bytes) -> bytes:
 class Addressing:
     """The GID table of one port, and the paths that begin at its GIDs."""
 
-    def __init__(self, mac: bytes, resolve: Resolver) -> None:
-        """mac: 6 bytes."""
+    def __init__(self, mac: bytes, resolve: Resolver, changed: Callable[[int], None]) -> None:
+        """mac: 6 bytes; changed: called with the index of each row that has changed."""
         self.mac = mac
         self.resolve = resolve
         self.gids: list[bytes | None] = [LINK_LOCAL + guid_of(mac)]
         """By GID index; None: an empty row."""
-        self.changed: Callable[[int], None] = lambda index: None
-        """Called with the index of each row that has changed."""
+        self._changed = changed
 
     def addresses(self) -> list[bytes]:
-        """The IP addresses of the GID table, 4 or 16 bytes each; the link-local one of row 0 is not counted."""
+        """Return the IP addresses of the GID table, 4 or 16 bytes each, without the link-local one of row 0."""
         return [address_of(gid) for gid in self.gids[1:] if gid is not None]
 
     def own(self) -> set[bytes]:
-        """Every IP address that is this device's."""
+        """Return every IP address that is this device's."""
         return {address_of(gid) for gid in self.gids if gid is not None}
 
     def add(self, address: bytes) -> int:
-        """Put an address (4 or 16 bytes) into the first free row; returns its index. Known ones stay where they are."""
+        """Put an address (4 or 16 bytes) into the first free row; returns its index. A known one stays in its row."""
         gid = gid_of(address)
         if gid in self.gids:
             return self.gids.index(gid)
@@ -83,17 +82,17 @@ class Addressing:
                 raise StateError("the GID table is full")
             index = len(self.gids)
             self.gids.append(gid)
-        self.changed(index)
+        self._changed(index)
         return index
 
     def remove(self, address: bytes) -> None:
-        """Take an address out. Queue pairs keep theirs by address. Raises StateError when it is not there."""
+        """Remove an address; queue pairs that use it keep it. Raises StateError when it is not in the table."""
         gid = gid_of(address)
         index = self.gids.index(gid) if gid in self.gids else 0
         if index == 0:  # row 0 follows from the MAC and stays
             raise StateError(f"{address_text(address)} is not an address of this device")
         self.gids[index] = None
-        self.changed(index)
+        self._changed(index)
 
     def source(self, sgid_index: int) -> bytes:
         """The IP address of a GID index. Raises VerbsError(EINVAL) for an empty row."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
-from typing import Any
 
+from softroce_ext.device import image as im
 from softroce_ext.device.barrier import full_barrier
 from softroce_ext.device.regions import ProtectionDomain
 from softroce_ext.device.shared import CompletionRing, EventFifo, ReceiveRing
+from softroce_ext.device.user_object import Device, Restore, UserObject
 from softroce_ext.transport.interfaces import RecvWqe, WorkCompletion
-
-CQ_ERR = 0
-SRQ_ERR = 14
-SRQ_LIMIT_REACHED = 15
-"""enum ib_event_type, the events of this module."""
+from softroce_ext.transport.verbs import QpEvent
 
 COMP_EVENT = struct.Struct("<Q")
 ASYNC_EVENT = struct.Struct("<QII")
@@ -25,19 +23,19 @@ class CompletionChannel:
 
     __slots__ = ("fifo", "identity", "users")
 
-    def __init__(self, fifo: EventFifo, identity: tuple[int, int]) -> None:
+    def __init__(self, fifo: EventFifo) -> None:
         self.fifo = fifo
-        self.identity = identity
+        self.identity = fifo.identity()
         """(st_dev, st_ino) of the FIFO: how a descriptor of the program is recognised."""
         self.users = 0
 
 
 NOTIFY_NONE, NOTIFY_NEXT, NOTIFY_SOLICITED = 0, 1, 2
 ARM_EXISTS = 0x80
-"""Set in the shared byte of a completion queue that there is; below it one of NOTIFY_*."""
+"""Set in the shared byte of a completion queue that exists; below it one of NOTIFY_*."""
 
 
-class CompletionQueue:
+class CompletionQueue(UserObject):
     """A CQ (transport.interfaces.CompletionQueue): completions go to the ring, events to the channel."""
 
     __slots__ = (
@@ -47,7 +45,6 @@ class CompletionQueue:
         "async_fifo",
         "channel",
         "comp_events",
-        "handle",
         "ring",
         "user_handle",
         "users",
@@ -64,7 +61,7 @@ class CompletionQueue:
         self.users = 0
         # The program arms by a store into shared memory (the bridge does it), so that asking for an event costs no
         # command; this byte is a stand-in until `share` is called.
-        self._arms: Any = bytearray(1)
+        self._arms: bytearray | mmap.mmap = bytearray(1)
         self._arm_at = 0
         self.comp_events = 0
         self.async_events = 0
@@ -75,7 +72,7 @@ class CompletionQueue:
         Each completion that is lost so is a CQ_ERR event.
         """
         if not self.ring.push(completion):
-            if self.async_fifo.post(ASYNC_EVENT.pack(self.user_handle, CQ_ERR, 0)):
+            if self.async_fifo.post(ASYNC_EVENT.pack(self.user_handle, QpEvent.CQ_ERR, 0)):
                 self.async_events += 1
             return False
         channel = self.channel
@@ -88,19 +85,53 @@ class CompletionQueue:
                     self.comp_events += 1
         return True
 
-    def share(self, arms: Any, start: int) -> None:
+    def enter(self, device: Device) -> None:
+        if self.channel is not None:
+            self.channel.users += 1
+
+    def free(self, device: Device) -> None:
+        if self.channel is not None:
+            self.channel.users -= 1
+        self.unshare()
+        self.ring.free()
+
+    def to_record(self, rings: im.RingSection) -> im.CqRecord:
+        """Describe it for an image."""
+        return im.CqRecord(
+            handle=self.handle,
+            user_handle=self.user_handle,
+            ring=rings.add(self.ring.dump()),
+            channel=self.channel.fifo.name if self.channel is not None else None,
+            notify=self.notify,
+            comp_events=self.comp_events,
+            async_events=self.async_events,
+        )
+
+    @classmethod
+    def from_record(cls, record: im.CqRecord, restore: Restore) -> CompletionQueue:
+        """Make it from its record."""
+        channel = restore.completion_channels[record.channel] if record.channel is not None else None
+        ring = restore.channel.restore_completion_ring(restore.ring(record.ring))
+        cq = cls(ring, record.user_handle, channel, restore.async_fifo)
+        cq.handle = record.handle
+        cq.share(*restore.channel.arm_bytes())
+        cq.notify = record.notify
+        cq.comp_events, cq.async_events = record.comp_events, record.async_events
+        return cq
+
+    def share(self, arms: bytearray | mmap.mmap, start: int) -> None:
         """Use the program's byte for this queue: `arms[start + handle]`. The handle must be known."""
         state = self.notify
         self._arms, self._arm_at = arms, start + self.handle
         arms[self._arm_at] = ARM_EXISTS | state
 
     def unshare(self) -> None:
-        """The queue goes: its byte says so to the program."""
+        """The queue is destroyed: its byte says so to the program."""
         self._arms[self._arm_at] = 0
 
     @property
     def notify(self) -> int:
-        """What event was asked for: one of NOTIFY_*."""
+        """The event that the program asked for: one of NOTIFY_*."""
         return int(self._arms[self._arm_at] & 3)
 
     @notify.setter
@@ -113,13 +144,12 @@ class CompletionQueue:
             self.notify = NOTIFY_SOLICITED if solicited_only else NOTIFY_NEXT
 
 
-class SharedReceiveQueue:
+class SharedReceiveQueue(UserObject):
     """An SRQ (transport.interfaces.ReceiveQueue); each queue pair takes the oldest receive."""
 
     __slots__ = (
         "async_events",
         "async_fifo",
-        "handle",
         "limit",
         "max_sge",
         "number",
@@ -150,12 +180,45 @@ class SharedReceiveQueue:
         self.users = 0
         self.async_events = 0
 
+    def enter(self, device: Device) -> None:
+        self.pd.users += 1
+        device.srq_numbers.claim(self.number)
+
+    def free(self, device: Device) -> None:
+        self.pd.users -= 1
+        device.srq_numbers.give_back(self.number)
+        self.ring.free()
+
+    def to_record(self, rings: im.RingSection) -> im.SrqRecord:
+        """Describe it for an image."""
+        return im.SrqRecord(
+            handle=self.handle,
+            user_handle=self.user_handle,
+            pd=self.pd.handle,
+            ring=rings.add(self.ring.dump()),
+            max_sge=self.max_sge,
+            limit=self.limit,
+            number=self.number,
+            async_events=self.async_events,
+        )
+
+    @classmethod
+    def from_record(cls, record: im.SrqRecord, restore: Restore) -> SharedReceiveQueue:
+        """Make it from its record."""
+        ring = restore.channel.restore_receive_ring(restore.ring(record.ring), record.max_sge, True)
+        pd = restore.get(record.pd, ProtectionDomain)
+        srq = cls(
+            ring, pd, record.user_handle, record.max_sge, record.limit, record.number, async_fifo=restore.async_fifo
+        )
+        srq.async_events = record.async_events
+        return srq
+
     def fetch(self) -> RecvWqe | None:
         """HOT. Take the oldest receive; below the limit the program gets SRQ_LIMIT_REACHED once."""
         wqe = self.ring.fetch()
         if wqe is not None and self.limit and self.ring.posted() < self.limit:
             self.limit = 0
-            if self.async_fifo.post(ASYNC_EVENT.pack(self.user_handle, SRQ_LIMIT_REACHED, 0)):
+            if self.async_fifo.post(ASYNC_EVENT.pack(self.user_handle, QpEvent.SRQ_LIMIT_REACHED, 0)):
                 self.async_events += 1
         return wqe
 

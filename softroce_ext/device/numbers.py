@@ -1,4 +1,4 @@
-"""Numbers: handles of one context, and the QPNs and keys of one NIC.
+"""Numbers: handles of one user context, and the QPNs and keys of one NIC.
 
 Each NIC allocates from a range of its own (`base`), so a queue pair or region keeps its number when it moves to another
 NIC of the same network (MigrOS, section 4.2).
@@ -7,7 +7,8 @@ NIC of the same network (MigrOS, section 4.2).
 from __future__ import annotations
 
 import errno
-from collections.abc import Container, Iterable
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Set
 from heapq import heappop, heappush
 
 from softroce_ext.device.errors import VerbsError
@@ -30,7 +31,7 @@ class Handles:
     def check(self) -> None:
         """Raise VerbsError(ENOMEM) when all are taken."""
         if not self._free and self._next > self._limit:
-            raise VerbsError(errno.ENOMEM, f"more than {self._limit} objects in one context")
+            raise VerbsError(errno.ENOMEM, f"more than {self._limit} objects in one user context")
 
     def take(self) -> int:
         """Return a free number. Raises VerbsError(ENOMEM) when all are taken."""
@@ -46,16 +47,16 @@ class Handles:
         heappush(self._free, number)
 
     def claim(self, numbers: Iterable[int]) -> None:
-        """Begin anew with exactly these numbers taken (a restore)."""
+        """Restart with exactly these numbers taken (a restore)."""
         taken = set(numbers)
         self._next = max(taken, default=0) + 1
         self._free = sorted(set(range(1, self._next)) - taken)
 
 
 class Range:
-    """Numbers of one kind in a NIC's own range; a number is not reused before the range has been gone round.
+    """Numbers of one kind in a NIC's own range; a number is not reused before all others have been.
 
-    A late packet or a stale key of a dead object then meets nobody, instead of its successor.
+    A late packet or a stale key of a destroyed object then finds nothing, instead of its successor.
     """
 
     def __init__(self, base: int, first: int = 1, size: int = RANGE - FIRST_QPN) -> None:
@@ -74,3 +75,42 @@ class Range:
             if number not in taken:
                 return number
         raise VerbsError(errno.ENOMEM, f"all {self._size} numbers of this NIC are in use")
+
+
+class NumberPool(Set[int]):
+    """The numbers of one kind that are in use, as a set.
+
+    A number that moved here keeps its value, which another object may have already: it is free once nobody has it.
+    """
+
+    def __init__(self, numbers: Range, limit: int, what: str) -> None:
+        """limit: how many may be in use at a time; what: the kind, for the error text."""
+        self._numbers = numbers
+        self._limit = limit
+        self._what = what
+        self._users: Counter[int] = Counter()
+
+    def take(self) -> int:
+        """Return a number that nobody has. Raises VerbsError(ENOMEM)."""
+        if len(self._users) >= self._limit:
+            raise VerbsError(errno.ENOMEM, f"too many {self._what}")
+        return self._numbers.take(self._users)
+
+    def claim(self, number: int) -> None:
+        """An object has this number now."""
+        self._users[number] += 1
+
+    def give_back(self, number: int) -> None:
+        """An object that had this number is gone."""
+        self._users[number] -= 1
+        if self._users[number] <= 0:
+            del self._users[number]
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._users
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._users)
+
+    def __len__(self) -> int:
+        return len(self._users)

@@ -1,4 +1,4 @@
-"""Protection domains, memory regions and memory windows, and the checks of IBA 10.6.3 that keys are for.
+"""Protection domains, memory regions and memory windows, and the key checks of IBA 10.6.3.
 
 A region is a range of the program's virtual addresses; nothing is pinned or copied. The data stay in the program's own
 memory, which is why a checkpoint of the program carries them.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import mmap
 
-from softroce_ext.device.errors import VerbsError
+from softroce_ext.device import image as im
+from softroce_ext.device.errors import ImageError, VerbsError
 from softroce_ext.device.memory import ProcessMemory
+from softroce_ext.device.user_object import Device, Restore, UserObject
 from softroce_ext.transport.interfaces import ProtectionError, SendWqe
 from softroce_ext.transport.verbs import Access, WrOpcode
 from softroce_ext.wire.path import Path
@@ -25,10 +27,10 @@ SUPPORTED_ACCESS = 0x1F | 0x20 | 0x100000
 """Local write, remote write, read, atomic, window binding; zero-based and relaxed ordering are hints to rxe."""
 
 
-class MemoryRegion:
+class MemoryRegion(UserObject):
     """A registered range: `iova` is the address that work requests use, `start` the program's own."""
 
-    __slots__ = ("access", "end", "handle", "iova", "key", "length", "memory", "pd", "shift", "start", "windows")
+    __slots__ = ("access", "end", "iova", "key", "length", "memory", "pd", "shift", "start", "windows")
 
     def __init__(
         self, pd: ProtectionDomain, memory: ProcessMemory, key: int, start: int, length: int, iova: int, access: int
@@ -44,12 +46,39 @@ class MemoryRegion:
         self.shift = iova - start
         self.handle = 0
         self.windows = 0
+        """Windows that are bound to it."""
+
+    def enter(self, device: Device) -> None:
+        self.pd.users += 1
+        self.pd.keys[self.key >> KEY_BITS] = self
+
+    def free(self, device: Device) -> None:
+        self.pd.users -= 1
+        self.pd.keys.pop(self.key >> KEY_BITS, None)
+
+    def to_record(self, rings: im.RingSection) -> im.MrRecord:
+        """Describe it for an image."""
+        return im.MrRecord(
+            handle=self.handle,
+            pd=self.pd.handle,
+            key=self.key,
+            start=self.start,
+            length=self.length,
+            iova=self.iova,
+            access=self.access,
+        )
+
+    @classmethod
+    def from_record(cls, record: im.MrRecord, restore: Restore) -> MemoryRegion:
+        """Make it from its record."""
+        pd = restore.get(record.pd, ProtectionDomain)
+        return cls(pd, restore.memory, record.key, record.start, record.length, record.iova, record.access)
 
 
-class MemoryWindow:
+class MemoryWindow(UserObject):
     """A window, unbound until a bind work request gives it a region."""
 
-    __slots__ = ("access", "end", "handle", "iova", "key", "kind", "pd", "qpn", "region")
+    __slots__ = ("access", "end", "iova", "key", "kind", "pd", "qpn", "region")
 
     def __init__(self, pd: ProtectionDomain, key: int, kind: int) -> None:
         self.pd = pd
@@ -58,26 +87,74 @@ class MemoryWindow:
         self.region: MemoryRegion | None = None
         self.iova = self.end = self.access = 0
         self.qpn = 0
-        """Of the queue pair that bound a type 2 window."""
+        """The queue pair that bound a type 2 window."""
         self.handle = 0
+
+    def enter(self, device: Device) -> None:
+        self.pd.users += 1
+        self.pd.keys[self.key >> KEY_BITS] = self
+        if self.region is not None:
+            self.region.windows += 1
+
+    def free(self, device: Device) -> None:
+        self.pd.users -= 1
+        self.pd.keys.pop(self.key >> KEY_BITS, None)
+        if self.region is not None:
+            self.region.windows -= 1
+
+    def to_record(self, rings: im.RingSection) -> im.MwRecord:
+        """Describe it for an image."""
+        return im.MwRecord(
+            handle=self.handle,
+            pd=self.pd.handle,
+            key=self.key,
+            kind=self.kind,
+            mr=self.region.handle if self.region is not None else None,
+            iova=self.iova,
+            end=self.end,
+            access=self.access,
+            qpn=self.qpn,
+        )
+
+    @classmethod
+    def from_record(cls, record: im.MwRecord, restore: Restore) -> MemoryWindow:
+        """Make it from its record. Raises ImageError when it reaches beyond its region."""
+        window = cls(restore.get(record.pd, ProtectionDomain), record.key, record.kind)
+        if record.mr is not None:
+            region = restore.find(record.mr)
+            if not isinstance(region, MemoryRegion) or record.iova < region.iova or record.end > region.end:
+                raise ImageError(f"window {record.handle} is not within region {record.mr}")
+            window.region = region
+        window.iova, window.end, window.access = record.iova, record.end, record.access
+        window.qpn = record.qpn
+        return window
 
 
 Keys = dict[int, MemoryRegion | MemoryWindow]
 """All keys of a device, by index (key >> 8)."""
 
 
-class ProtectionDomain:
+class ProtectionDomain(UserObject):
     """A protection domain; answers the transport's key lookups (transport.interfaces.ProtectionDomain)."""
 
-    __slots__ = ("handle", "keys", "paths", "users")
+    __slots__ = ("keys", "paths", "users")
 
     def __init__(self, keys: Keys) -> None:
         self.keys = keys
         self.paths: dict[int, Path] = {}
-        """The domain's address handles, by number: the resolved way to each one's destination."""
+        """The domain's address handles, by number: the resolved path to each one's destination."""
         self.handle = 0
         self.users = 0
         """Objects that refer to this domain; it cannot be freed while there are any."""
+
+    def to_record(self, rings: im.RingSection) -> im.PdRecord:
+        """Describe it for an image."""
+        return im.PdRecord(handle=self.handle)
+
+    @classmethod
+    def from_record(cls, record: im.PdRecord, restore: Restore) -> ProtectionDomain:
+        """Make it from its record."""
+        return cls(restore.keys)
 
     def local(self, lkey: int, address: int, length: int, access: int) -> tuple[ProcessMemory, int]:
         """HOT. Check a local key; return the memory and the address in it. Raises ProtectionError."""
@@ -95,7 +172,7 @@ class ProtectionDomain:
         return region.memory, address - region.shift
 
     def remote(self, rkey: int, address: int, length: int, access: int, qpn: int) -> tuple[ProcessMemory, int]:
-        """HOT. As `local`, for a key that the partner sent to queue pair `qpn`; also a memory window's.
+        """HOT. As `local`, for a key that the peer sent to queue pair `qpn`; also a memory window's.
 
         Raises ProtectionError.
         """
@@ -166,7 +243,7 @@ class ProtectionDomain:
         """End the use of a type 2 window that queue pair `qpn` bound. Raises ProtectionError."""
         window = self._window(rkey)
         if window.kind != TYPE_2 or window.region is None or window.qpn != qpn:
-            raise ProtectionError(f"{rkey:#x} is no bound type 2 window of this queue pair")
+            raise ProtectionError(f"{rkey:#x} is not a type 2 window that this queue pair bound")
         window.region.windows -= 1
         window.region = None
         window.iova = window.end = window.access = 0

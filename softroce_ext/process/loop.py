@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from softroce_ext.cm.manager import CommunicationManager
-from softroce_ext.device.context import Context
-from softroce_ext.device.queue_pair import QueuePair
-from softroce_ext.port.packet_socket import BATCH, Port
+from softroce_ext.device.user_context import UserContext
+from softroce_ext.device.user_queue_pair import UserQueuePair
+from softroce_ext.port.batch import BATCH
+from softroce_ext.port.packet_socket import Port
 from softroce_ext.trace.queue_pairs import QpTrace
 from softroce_ext.transport.engine import Engine
 from softroce_ext.uverbs.hw_counters import CounterFiles
@@ -25,27 +26,27 @@ from softroce_ext.uverbs.server import CommandServer
 
 MAX_SLEEP: Final = 1.0
 NEIGHBOUR_POLL: Final = 0.002
-"""Seconds between looks at the neighbour table while a command waits for a MAC."""
+"""Seconds between two queries of the neighbour table while a command waits for a MAC."""
 FLUSHES: Final = 4
 """Batches sent in one round before received frames get their turn."""
 LAST_TURNS: Final = 8
-"""Times FLUSHES batches sent for a queue pair's sake that is to be destroyed."""
+"""Times FLUSHES batches that are sent for a queue pair that is about to be destroyed."""
 FAILED_POLL: Final = 1.0
-"""Seconds between looks at the receive queues of failed queue pairs."""
+"""Seconds between two visits to the receive queues of failed queue pairs."""
 CATCH_UP: Final = 64
-"""Batches read, at most, before timers act on what has not come."""
+"""Batches that are read, at most, before timers act on what has not arrived."""
 LOOPBACK_FULL: Final = 512
-"""Frames to this NIC itself that may wait before the next ones are built."""
+"""Frames to this NIC itself that may wait before more frames are built."""
 
 
 class Descriptors:
-    """The descriptors that the NIC waits for, and whom it calls when one is readable."""
+    """The descriptors that the NIC waits for, and the callbacks for when one is readable."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._gone: set[int] = set()
-        """Unwatched since epoll was asked: what it said of them is not about whoever has their numbers now."""
+        """Unwatched since the last poll: its events are not about a new descriptor with the same number."""
 
     def watch(self, fd: int, callback: Callable[[int], None]) -> None:
         """Call `callback(events)` when `fd` is readable or hung up."""
@@ -53,7 +54,7 @@ class Descriptors:
         self._epoll.register(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int) -> None:
-        """The opposite of `watch`; unknown descriptors are ignored."""
+        """Stop watching `fd`; unknown descriptors are ignored."""
         self._gone.add(fd)
         if self._callbacks.pop(fd, None) is not None:
             with contextlib.suppress(OSError):
@@ -72,7 +73,7 @@ class Descriptors:
         return bool(events)
 
     def close(self) -> None:
-        """Wait for nothing any more."""
+        """Close the epoll descriptor."""
         self._epoll.close()
 
 
@@ -100,10 +101,10 @@ class Loop:
         self.qp_trace: QpTrace | None = None
         """Flushed before the loop sleeps."""
         self._counter_files = counter_files
-        self._awake: list[Context] = []
+        self._awake: list[UserContext] = []
         self._stopping = False
         self._next_retry = 0.0
-        self._failed_due = 0.0
+        self._next_flush = 0.0
         self._readable = self._readable6 = False
         self._waits: list[Callable[[float], bool]] = []
         descriptors.watch(port.fileno(), self._frames_wait)
@@ -119,24 +120,24 @@ class Loop:
 
     # -- programs --------------------------------------------------------------------------------------------------
 
-    def listen(self, context: Context, ended: Callable[[Context], None]) -> None:
+    def watch_doorbell(self, context: UserContext, ended: Callable[[UserContext], None]) -> None:
         """Serve a context's doorbell, and call `ended(context)` when the program has closed it."""
         self._descriptors.watch(context.channel.doorbell, lambda events: self._doorbell(context, events, ended))
 
-    def ignore(self, context: Context) -> None:
-        """The opposite of `listen`."""
+    def stop_watching_doorbell(self, context: UserContext) -> None:
+        """Ignore a context's doorbell from now on."""
         self._descriptors.unwatch(context.channel.doorbell)
         if context.awake:
             context.awake = False
             self._awake.remove(context)
 
-    def wake(self, context: Context) -> None:
-        """Look at a context's queue pairs in every round until the loop sleeps."""
+    def wake(self, context: UserContext) -> None:
+        """Visit a context's queue pairs in every round until the loop sleeps."""
         if not context.awake:
             context.awake = True
             self._awake.append(context)
 
-    def _doorbell(self, context: Context, events: int, ended: Callable[[Context], None]) -> None:
+    def _doorbell(self, context: UserContext, events: int, ended: Callable[[UserContext], None]) -> None:
         channel = context.channel
         if events & select.EPOLLIN:
             channel.silence_doorbell()
@@ -144,13 +145,13 @@ class Loop:
         if events & (select.EPOLLHUP | select.EPOLLERR) and not events & select.EPOLLIN:
             ended(context)
 
-    def ring(self, context: Context) -> bool:
-        """HOT. Look at the queue pairs that a program rang; whether there were any."""
+    def serve_doorbell(self, context: UserContext) -> bool:
+        """HOT. Make the queue pairs ready that a program rang for; whether there were any."""
         handles = context.channel.take_dirty()
         objects = context.objects
         for handle in handles:
             qp = objects.get(handle)
-            if qp is not None and hasattr(qp, "transport"):
+            if isinstance(qp, UserQueuePair):
                 self.engine.ring(qp.transport)
         return bool(handles)
 
@@ -171,7 +172,7 @@ class Loop:
                 now = monotonic()
                 if self._round(now):
                     worked = now
-                    if now >= files.due:
+                    if now >= files.next_write:
                         files.write(now)
                 if serve(0):
                     served = True
@@ -182,7 +183,7 @@ class Loop:
                 files.stale = True
 
     def _more(self) -> bool:
-        """Whether another round would have something to do, as far as one can see without asking the kernel."""
+        """Whether another round would have something to do, as far as is known without a system call."""
         return (self.engine.has_work() and not self.port.unsent) or bool(self.port.loopback)
 
     def _frames_wait(self, _events: int) -> None:
@@ -210,22 +211,21 @@ class Loop:
             inside = port.loopback
             self._take([memoryview(inside.popleft()) for _ in range(min(len(inside), 64))], now)
         for context in self._awake:
-            if self.ring(context):
+            if self.serve_doorbell(context):
                 busy = True
         timer = engine.next_timer()
         if timer is not None and timer <= now:
             self._read_all(now)
             engine.on_timer(now)
         busy = self._send(now) or busy
-        if port.impairment is not None:
-            port.send_due()
+        port.advance()
         return busy
 
     def _send(self, now: float) -> bool:
         """HOT. Some batches of frames out; whether there were any."""
         engine, port = self.engine, self.port
         sent = False
-        # Datagrams to this NIC itself have no window: what waits inside holds everybody's turns back, fairly.
+        # Datagrams to this NIC itself have no window: while many wait inside, no queue pair gets a turn, which is fair.
         if port.flush() and len(port.loopback) < LOOPBACK_FULL:
             for _ in range(FLUSHES):
                 if not engine.frames_to_send(now, port):
@@ -235,24 +235,24 @@ class Loop:
                     break
         return sent
 
-    def settle(self, context: Context) -> None:
-        """Do what a program has asked for before its next command, or its end, is looked at.
+    def settle(self, context: UserContext) -> None:
+        """Do what a program has posted before its next command, or its end, is served.
 
-        rxe sends from within ibv_post_send: whoever destroys a queue pair right after posting to it has sent. The
-        same goes for an acknowledgement that is due when the program sees the message that it is for.
+        rxe sends from within ibv_post_send: a program that destroys a queue pair right after posting to it has sent.
+        The same holds for an acknowledgement that is due when the program sees the message that it is for.
         """
-        self.ring(context)
+        self.serve_doorbell(context)
         if self.engine.has_work():
             self._send(time.monotonic())
 
-    def last_turn(self, leaving: Sequence[QueuePair]) -> None:
-        """Queue pairs are about to go: whatever others want to send, what these have to goes out, within reason."""
+    def last_turn(self, leaving: Sequence[UserQueuePair]) -> None:
+        """Queue pairs are about to be destroyed: send until they had their turn, up to a limit."""
         for _ in range(LAST_TURNS):
             if not any(qp.transport.ready for qp in leaving) or not self._send(time.monotonic()):
                 break
 
     def _read_all(self, now: float) -> None:
-        """Before a timer acts: what it waits for may lie in a socket since this process last had a processor."""
+        """Before a timer acts: what it waits for may be in a socket since this process last had a processor."""
         for receive in (self.port.receive, self.port.receive6):
             for _ in range(CATCH_UP):
                 frames = receive()
@@ -268,18 +268,17 @@ class Loop:
         self.engine.end_of_batch(now)
 
     def _sleep(self, now: float) -> bool:
-        """Wait for the next event; before that, make every program's doorbell ring again. Whether one came."""
+        """Wait for the next event, with every program's doorbell armed; whether one came."""
         for context in list(self._awake):
             context.channel.arm_doorbell()
-            self.ring(context)
+            self.serve_doorbell(context)
             context.awake = False
         self._awake.clear()
         self._chores(now)
-        if self.port.capture is not None:
-            self.port.capture.flush()
+        self.port.flush_observers()
         if self.qp_trace is not None:
             self.qp_trace.flush()
-        if now >= self._counter_files.due:
+        if now >= self._counter_files.next_write:
             self._counter_files.write(now)
         return self._serve(self._timeout(now))
 
@@ -287,10 +286,10 @@ class Loop:
         if self.commands.waiting and now >= self._next_retry:
             self._next_retry = now + NEIGHBOUR_POLL
             self.commands.retry(now)
-        if now >= self.cm.due:
+        if now >= self.cm.next_deadline:
             self.cm.on_timer(now)
-        if now >= self._failed_due:
-            self._failed_due = now + FAILED_POLL
+        if now >= self._next_flush:
+            self._next_flush = now + FAILED_POLL
             self.engine.flush_failed()
         if self._waits:
             self._waits = [poll for poll in self._waits if not poll(now)]
@@ -299,16 +298,15 @@ class Loop:
         if self.engine.has_work() or self.port.loopback:
             # Only a full socket can be the reason that work is left over.
             return 0.0005 if self.port.unsent else 0.0
-        timeout = min(MAX_SLEEP, self.cm.due - now)
+        timeout = min(MAX_SLEEP, self.cm.next_deadline - now)
         timer = self.engine.next_timer()
         if timer is not None:
             timeout = min(timeout, timer - now)
-        if self.port.impairment is not None:
-            late = self.port.impairment.next_time()
-            if late is not None:
-                timeout = min(timeout, late - now)
+        late = self.port.next_time()
+        if late is not None:
+            timeout = min(timeout, late - now)
         if self._counter_files.stale:
-            timeout = min(timeout, self._counter_files.due - now)
+            timeout = min(timeout, self._counter_files.next_write - now)
         if self.commands.waiting or self._waits:
             timeout = min(timeout, NEIGHBOUR_POLL)
         return max(0.0, timeout)

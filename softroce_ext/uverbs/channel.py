@@ -1,4 +1,4 @@
-"""The files between the NIC and one open of the device, in ctx/<id>/ of the run directory.
+"""The files between the NIC and one opening of the device, in ctx/<id>/ of the run directory.
 
     queues     the control area and every shared ring; the program's device descriptor is this file
     doorbell   FIFO, the NIC only reads: its end of file is the program's last descriptor closed
@@ -6,7 +6,7 @@
     async, comp-N   FIFOs of events
 
 Nothing is connected and everything is found by path, so a checkpoint of the program carries its half, and the NIC at
-the destination lays the same files ready (CRIU carries a FIFO's unread bytes, but only the path of a shared file).
+the destination creates the same files (CRIU carries a FIFO's unread bytes, but only the path of a shared file).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Final
 
 from softroce_ext.device.barrier import full_barrier
 from softroce_ext.device.errors import VerbsError
-from softroce_ext.device.shared import RingImage
+from softroce_ext.device.shared import EventFifo, RingImage
 from softroce_ext.uverbs import rings
 from softroce_ext.uverbs.removal import remove_tree
 
@@ -46,7 +46,7 @@ MAILBOX_DATA: Final = 3904
 _SEQUENCE = struct.Struct("<I")
 _PIPE_BYTES: Final = 65536
 _PIPE_READS: Final = 16
-"""Reads that empty a FIFO which nobody fills meanwhile: a program without privileges can have a pipe of 1 MiB."""
+"""Reads that empty a FIFO unless it is being filled: a program without privileges can have a pipe of 1 MiB."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PUNCH_HOLE_KEEP_SIZE: Final = 3
@@ -65,7 +65,7 @@ class Fifo:
         self._path = directory / name
         os.mkfifo(self._path, 0o600)
         try:
-            # The directory is the program's: what lies there now need not be what was made.
+            # The directory belongs to the program, which may have replaced the FIFO.
             self.fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
             status = os.fstat(self.fd)
             if not stat.S_ISFIFO(status.st_mode) or status.st_uid != os.geteuid():
@@ -95,7 +95,7 @@ class Fifo:
         taken = 0
         size = self.record_bytes
         with contextlib.suppress(BlockingIOError):
-            for _ in range(_PIPE_READS):  # the program may write there too, for ever
+            for _ in range(_PIPE_READS):  # bounded: the program can write there, too
                 data = os.read(self.fd, _PIPE_BYTES)
                 for at in range(0, len(data) - size + 1, size):
                     record = data[at : at + size]
@@ -116,7 +116,7 @@ class Fifo:
     def close(self) -> None:
         """Close and remove."""
         os.close(self.fd)
-        with contextlib.suppress(OSError):  # the directory belongs to the program, which may have tidied up
+        with contextlib.suppress(OSError):  # the directory belongs to the program, which may have removed it
             self._path.unlink()
 
 
@@ -143,7 +143,7 @@ class FileSpace:
                 else:
                     self._free[index] = (offset + size, room - size)
                 return offset
-        raise VerbsError(errno.ENOMEM, "the context's queue file is full")
+        raise VerbsError(errno.ENOMEM, "the queue file of the user context is full")
 
     def give_back(self, offset: int, size: int) -> None:
         """Make a range free again."""
@@ -159,7 +159,7 @@ class FileSpace:
 
 
 class FileChannel:
-    """The channel of one context (device.shared.Channel)."""
+    """The channel of one opening (device.shared.Channel)."""
 
     def __init__(
         self, run_directory: Path, identifier: str, owner: tuple[int, int], taken: list[tuple[int, int]] | None = None
@@ -213,7 +213,10 @@ class FileChannel:
             raise VerbsError(errno.ENOMEM, f"no memory for {size} bytes of queue: {error.strerror}") from None
         return offset
 
-    def _release(self, offset: int, size: int) -> None:
+    def _place(self, offset: int, slots: int, element: int, fresh: bool = True) -> rings.RingPlace:
+        return rings.RingPlace(self._area, offset, slots, element, self._give_back, fresh)
+
+    def _give_back(self, offset: int, size: int) -> None:
         if _libc.fallocate(self._fd, _PUNCH_HOLE_KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(size)):
             with contextlib.suppress(OSError):
                 os.pwrite(self._fd, bytes(size), offset)
@@ -224,20 +227,20 @@ class FileChannel:
         element = rings.element_bytes(rings.SEND_WQE + max(rings.SGE_BYTES * max_sge, max_inline))
         slots = rings.power_of_two(max_wr + 1)
         offset = self._take(rings.ring_bytes(slots, element))
-        return rings.SendRing(self._area, offset, slots, element, self._release, max_sge, max_inline)
+        return rings.SendRing(self._place(offset, slots, element), max_sge, max_inline)
 
     def receive_ring(self, max_wr: int, max_sge: int, shared: bool) -> rings.ReceiveRing:
         """A receive queue (or an SRQ's) with room for `max_wr` receives."""
         element = rings.element_bytes(rings.RECV_WQE + rings.SGE_BYTES * max_sge)
         slots = rings.power_of_two(max_wr + 1)
         offset = self._take(rings.ring_bytes(slots, element))
-        return rings.ReceiveRing(self._area, offset, slots, element, self._release, max_sge, shared)
+        return rings.ReceiveRing(self._place(offset, slots, element), max_sge, shared)
 
     def completion_ring(self, max_cqe: int) -> rings.CompletionRing:
         """A completion queue with room for `max_cqe` completions."""
         slots = rings.power_of_two(max_cqe + 1)
         offset = self._take(rings.ring_bytes(slots, rings.MIN_ELEMENT))
-        return rings.CompletionRing(self._area, offset, slots, self._release)
+        return rings.CompletionRing(self._place(offset, slots, rings.MIN_ELEMENT))
 
     def _reserve(self, image: RingImage, element: int) -> None:
         """Room for a ring of an image whose slots need `element` bytes. Raises VerbsError."""
@@ -253,29 +256,25 @@ class FileChannel:
             raise VerbsError(errno.ENOMEM, f"no memory for {image.size} bytes of queue: {error.strerror}") from None
 
     def restore_send_ring(self, image: RingImage, max_sge: int, max_inline: int) -> rings.SendRing:
-        """Map and fill a dumped send queue where it lay."""
+        """Map and fill a dumped send queue at its offset."""
         self._reserve(image, rings.SEND_WQE + max(rings.SGE_BYTES * max_sge, max_inline))
-        ring = rings.SendRing(
-            self._area, image.offset, image.mask + 1, image.element, self._release, max_sge, max_inline, fresh=False
-        )
+        ring = rings.SendRing(self._place(image.offset, image.mask + 1, image.element, False), max_sge, max_inline)
         ring.load(image)
         return ring
 
     def restore_receive_ring(self, image: RingImage, max_sge: int, shared: bool) -> rings.ReceiveRing:
-        """Map and fill a dumped receive queue where it lay."""
+        """Map and fill a dumped receive queue at its offset."""
         self._reserve(image, rings.RECV_WQE + rings.SGE_BYTES * max_sge)
-        ring = rings.ReceiveRing(
-            self._area, image.offset, image.mask + 1, image.element, self._release, max_sge, shared, fresh=False
-        )
+        ring = rings.ReceiveRing(self._place(image.offset, image.mask + 1, image.element, False), max_sge, shared)
         ring.load(image)
         return ring
 
     def restore_completion_ring(self, image: RingImage) -> rings.CompletionRing:
-        """Map and fill a dumped completion queue where it lay."""
+        """Map and fill a dumped completion queue at its offset."""
         if image.element != rings.MIN_ELEMENT:
             raise VerbsError(errno.EINVAL, f"a completion queue with slots of {image.element} bytes")
         self._reserve(image, rings.MIN_ELEMENT)
-        ring = rings.CompletionRing(self._area, image.offset, image.mask + 1, self._release, fresh=False)
+        ring = rings.CompletionRing(self._place(image.offset, image.mask + 1, image.element, False))
         ring.load(image)
         return ring
 
@@ -299,7 +298,7 @@ class FileChannel:
             return
 
     def arm_doorbell(self) -> None:
-        """From now on the program's next doorbell writes to the FIFO."""
+        """From now on, the program's next doorbell writes to the FIFO."""
         self._words[AT_PENDING] = 0
         full_barrier()
 
@@ -308,7 +307,7 @@ class FileChannel:
         return bool(self._words[AT_PENDING])
 
     def take_dirty(self) -> list[int]:
-        """HOT. The handles of queue pairs rung since the last call."""
+        """HOT. Return the handles of queue pairs that the program rang for since the last call."""
         control = self.control
         end = AT_DIRTY + self._highest_handle + 1
         at = control.find(b"\1", AT_DIRTY, end)
@@ -324,7 +323,7 @@ class FileChannel:
         return handles
 
     def all_dirty(self, handles: list[int]) -> None:
-        """Mark queue pairs as rung (after a restore: the doorbell is level-triggered)."""
+        """Mark queue pairs as rung for (after a restore: the doorbell is level-triggered)."""
         for handle in handles:
             self.control[AT_DIRTY + handle] = 1
 
@@ -365,7 +364,7 @@ class FileChannel:
         self._fifos[name] = fifo
         return fifo
 
-    def drop_fifo(self, fifo: Fifo) -> None:
+    def drop_fifo(self, fifo: EventFifo) -> None:
         """Close and remove an event FIFO."""
         self._fifos.pop(fifo.name, None)
         fifo.close()
@@ -383,7 +382,7 @@ class FileChannel:
         self._words.release()
         self.control.close()
         self._area.release()
-        with contextlib.suppress(BufferError):  # a ring is still referred to: it goes with the last reference
+        with contextlib.suppress(BufferError):  # a ring is still referred to: the mapping goes with it
             self._file.close()
         self._close_descriptors()
         remove_tree(self.directory)

@@ -6,13 +6,14 @@ import errno
 from typing import Any, Final
 
 from softroce_ext.device import limits
-from softroce_ext.device.adapter import SGE_BYTES, Adapter
+from softroce_ext.device.adapter import SERVICES, SGE_BYTES, Adapter
+from softroce_ext.device.address_handle import Destination
 from softroce_ext.device.addressing import PORT
 from softroce_ext.device.completion import CompletionQueue, SharedReceiveQueue
-from softroce_ext.device.context import Context
 from softroce_ext.device.errors import VerbsError
-from softroce_ext.device.queue_pair import QPT_RC, QPT_UC, QPT_UD, Capabilities, Destination, QueuePair
 from softroce_ext.device.regions import ProtectionDomain
+from softroce_ext.device.user_context import UserContext
+from softroce_ext.device.user_queue_pair import Capabilities, InitAttributes, UserQueuePair
 from softroce_ext.transport.verbs import QpState
 from softroce_ext.uverbs import abi
 from softroce_ext.uverbs.abi import Command
@@ -33,7 +34,7 @@ QP_STANDARD: Final = (1 << 21) - 1
 KNOWN_CREATE_FLAGS: Final = 0xF1E
 """Flags of enum ib_qp_create_flags that a program may ask for; rxe has none of them."""
 KNOWN_COMP_MASK: Final = 1
-"""The receive indirection table: a kind of object that rxe has not."""
+"""The receive indirection table: a kind of object that rxe does not have."""
 
 ATTRIBUTES: Final = (
     (1 << 0, "qp_state"),
@@ -58,41 +59,41 @@ ATTRIBUTES: Final = (
 
 
 QPT_RAW_PACKET, QPT_XRC_SEND, QPT_DRIVER = 8, 9, 0xFF
-"""Kinds of queue pairs that the ABI knows and rxe has not; every other kind is EINVAL."""
+"""Kinds of queue pairs that the ABI has and rxe does not; every other kind is EINVAL."""
 
 
-def _new_qp(adapter: Adapter, context: Context, fields: tuple[int, ...]) -> Answer:
+def _new_qp(adapter: Adapter, context: UserContext, fields: tuple[int, ...]) -> Answer:
     """Make a queue pair; data: struct ib_uverbs_create_qp_resp, provider: where the rings are."""
     user_handle, pd, send_cq, recv_cq, srq, swr, rwr, ssge, rsge, inline, sig_all, kind, is_srq = fields
     if kind in (QPT_RAW_PACKET, QPT_XRC_SEND, QPT_DRIVER):
         raise VerbsError(errno.EOPNOTSUPP, f"QP type {kind}")
-    if kind not in (QPT_RC, QPT_UC, QPT_UD):
+    if kind not in SERVICES:
         raise VerbsError(errno.EINVAL, f"QP type {kind}")
-    qp = adapter.create_queue_pair(
-        context,
-        user_handle,
-        kind,
-        context.get(pd, ProtectionDomain),
-        context.get(send_cq, CompletionQueue),
-        context.get(recv_cq, CompletionQueue),
-        context.get(srq, SharedReceiveQueue) if is_srq else None,
-        Capabilities(swr, rwr, ssge, rsge, inline),
-        bool(sig_all),
+    attributes = InitAttributes(
+        user_handle=user_handle,
+        kind=kind,
+        pd=context.get(pd, ProtectionDomain),
+        send_cq=context.get(send_cq, CompletionQueue),
+        recv_cq=context.get(recv_cq, CompletionQueue),
+        srq=context.get(srq, SharedReceiveQueue) if is_srq else None,
+        capabilities=Capabilities(swr, rwr, ssge, rsge, inline),
+        sq_sig_all=bool(sig_all),
     )
+    qp = adapter.create_queue_pair(context, attributes)
     c = qp.capabilities
-    # rxe answers with the numbers of requests that were asked for; ibv_query_qp tells how many fit.
+    # rxe answers with the numbers of requests that were asked for; ibv_query_qp has those that fit.
     created = abi.CREATE_QP_RESP.pack(qp.handle, qp.qpn, swr, rwr, c.max_send_sge, rsge, c.max_inline_data, 0)
     return Answer(created, abi.mminfo(qp.receive_ring) + abi.mminfo(qp.send_ring))
 
 
 @handles(Command.CREATE_QP)
-def create_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
+def create_qp(adapter: Adapter, context: UserContext, body: Body) -> Answer:
     created = _new_qp(adapter, context, abi.CREATE_QP.unpack_from(body, 8))
     return Answer(created.data + created.provider)
 
 
 @handles(Command.EX_CREATE_QP)
-def ex_create_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
+def ex_create_qp(adapter: Adapter, context: UserContext, body: Body) -> Answer:
     comp_mask, create_flags = abi.U32X2.unpack_from(body, abi.CREATE_QP.size)
     if comp_mask or create_flags & ~KNOWN_CREATE_FLAGS:
         raise VerbsError(errno.EINVAL, f"comp_mask {comp_mask:#x}, QP create flags {create_flags:#x}")
@@ -103,8 +104,8 @@ def ex_create_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 
 @handles(Command.QUERY_QP)
-def query_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
-    qp = context.get(abi.U32.unpack_from(body, 8)[0], QueuePair)
+def query_qp(adapter: Adapter, context: UserContext, body: Body) -> Answer:
+    qp = context.get(abi.U32.unpack_from(body, 8)[0], UserQueuePair)
     c, caps = qp.transport.attributes, qp.capabilities
     return Answer(
         abi.QUERY_QP_RESP.pack(
@@ -151,17 +152,17 @@ def _check_mask(current: int, mask: int, state: int, port: int) -> None:
         raise VerbsError(errno.EINVAL, f"port {port}")
     target = state if mask & QP_STATE else current
     if mask & QP_CUR_STATE and not (target == QpState.RTS and current >= QpState.RTR):
-        raise VerbsError(errno.EINVAL, "a supposed state goes with moves to RTS only")
+        raise VerbsError(errno.EINVAL, "a current state can be supposed for a move to RTS only")
 
 
 @handles(Command.MODIFY_QP)
-def modify_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
+def modify_qp(adapter: Adapter, context: UserContext, body: Body) -> Answer:
     destination, _alternate, handle, mask, *values = abi.MODIFY_QP.unpack_from(body)
     (
         qkey, rq_psn, sq_psn, dest_qpn, access, pkey_index, _alt_pkey, state, cur_state, mtu, mig_state, en_sqd,
         max_rd, max_dest_rd, rnr_timer, port, timeout, retry, rnr_retry, _alt_port, _alt_timeout,
     ) = values  # fmt: skip
-    qp = context.get(handle, QueuePair)
+    qp = context.get(handle, UserQueuePair)
     _check_mask(qp.transport.attributes.state, mask, state, port)
     given = {
         "qp_state": state,
@@ -190,7 +191,7 @@ def modify_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
     vector = Destination.unpack(destination)
     if mask & QP_AV:
         remote_qpn = dest_qpn if mask & QP_DEST_QPN else qp.transport.attributes.destination_qpn
-        attributes["path"] = adapter.path(vector, qp.qpn, remote_qpn)
+        attributes["path"] = adapter.addressing.connection_path(vector, qp.qpn, remote_qpn)
     adapter.modify_queue_pair(qp, attributes)
     if attributes.get("qp_state") == QpState.RESET:
         qp.destination = qp.alternate = Destination()
@@ -200,20 +201,20 @@ def modify_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 
 @handles(Command.DESTROY_QP)
-def destroy_qp(adapter: Adapter, context: Context, body: Body) -> Answer:
-    qp = context.get(abi.U32.unpack_from(body, 8)[0], QueuePair)
+def destroy_qp(adapter: Adapter, context: UserContext, body: Body) -> Answer:
+    qp = context.get(abi.U32.unpack_from(body, 8)[0], UserQueuePair)
     adapter.destroy_queue_pair(qp)
     reported = qp.async_events - (context.unread_async(qp.user_handle) if qp.async_events else 0)
     return Answer(abi.U32.pack(max(reported, 0)))  # the program may forge unread events
 
 
 @handles(Command.POST_SEND)
-def post_send(adapter: Adapter, context: Context, body: Body) -> Answer:
-    """Only a doorbell, whatever comes along with it: the kernel checks it and rxe looks into the shared queue."""
+def post_send(adapter: Adapter, context: UserContext, body: Body) -> Answer:
+    """Serve it as a doorbell, whatever comes with it: the kernel checks it, and rxe looks into the shared queue."""
     handle, count, elements, size = abi.U32X4.unpack_from(body, 8)
     if size < abi.SEND_WR_BYTES or len(body) < abi.SIZES[Command.POST_SEND][0] + count * size + elements * SGE_BYTES:
         raise VerbsError(errno.EINVAL, f"{count} requests of {size} bytes in a command of {len(body)}")
-    qp = context.get(handle, QueuePair)
+    qp = context.get(handle, UserQueuePair)
     if qp.transport.attributes.state < QpState.RTS:
         raise VerbsError(errno.EINVAL, "post_send before RTS")
     adapter.engine.ring(qp.transport)
@@ -221,14 +222,14 @@ def post_send(adapter: Adapter, context: Context, body: Body) -> Answer:
 
 
 @handles(Command.ATTACH_MCAST)
-def attach_mcast(adapter: Adapter, context: Context, body: Body) -> Answer:
+def attach_mcast(adapter: Adapter, context: UserContext, body: Body) -> Answer:
     mgid, handle, mlid = abi.MCAST.unpack_from(body)
-    adapter.groups.attach(context.get(handle, QueuePair), mgid, mlid)
+    adapter.groups.attach(context.get(handle, UserQueuePair), mgid, mlid)
     return Answer()
 
 
 @handles(Command.DETACH_MCAST)
-def detach_mcast(adapter: Adapter, context: Context, body: Body) -> Answer:
+def detach_mcast(adapter: Adapter, context: UserContext, body: Body) -> Answer:
     mgid, handle, mlid = abi.MCAST.unpack_from(body)
-    adapter.groups.detach(context.get(handle, QueuePair), mgid, mlid)
+    adapter.groups.detach(context.get(handle, UserQueuePair), mgid, mlid)
     return Answer()

@@ -1,8 +1,8 @@
 """The port's counters as files: `ports/1/hw_counters` with the names and meanings of rxe, `ports/1/cm_*` with those of
-the kernel's connection manager, `ports/1/migros` with ours.
+the kernel's connection manager, `ports/1/migros` with the NIC's own.
 
 The kernel computes such a file when it is read. Here they are ordinary files, rewritten in place: at most every
-`FRESHNESS` seconds while the NIC works, once more after it came to rest, and never while nothing happens. What a reader
+`FRESHNESS` seconds while the NIC works, once more after it became idle, and never while nothing happens. What a reader
 sees is at most `FRESHNESS` seconds old (hw_counters/lifespan says so, in milliseconds, as it does in the kernel).
 
 rxe has no `ports/1/counters` (that folder is for devices that answer performance management MADs), so there is none.
@@ -45,7 +45,7 @@ REFUSED_BEFORE_COUNTED: Final = (
     "refused_qkey",
     "refused_address",
 )
-"""Good packets for no queue pair that takes them: rxe drops them before it counts them as received."""
+"""Valid packets that no queue pair takes: rxe drops them before it counts them as received."""
 
 
 CM_NAMES: Final = tuple(
@@ -53,7 +53,7 @@ CM_NAMES: Final = tuple(
     for group in ("tx_msgs", "tx_retries", "rx_msgs", "rx_duplicates")
     for kind in ("req", "mra", "rej", "rep", "rtu", "dreq", "drep", "sidr_req", "sidr_rep", "lap", "apr")
 )
-"""The connection manager's files below ports/1 (drivers/infiniband/core/cm.c). No LAP or APR is ever sent or taken."""
+"""The connection manager's files below ports/1 (drivers/infiniband/core/cm.c). LAP and APR are never sent."""
 
 
 def rxe_view(counters: Mapping[str, int]) -> dict[str, int]:
@@ -91,7 +91,7 @@ class CounterFiles:
         self._read = read
         self._fds: dict[Path, int] = {}
         self._shown: dict[Path, int] = {}
-        self.due = 0.0
+        self.next_write = 0.0
         """When `write` should be called next, if something has happened since."""
         self.stale = False
         """Something may have been counted since the files were written."""
@@ -110,7 +110,7 @@ class CounterFiles:
                 if self._shown.get(path) != value:
                     with contextlib.suppress(OSError):  # a full disk must not end the NIC
                         self._put(path, value)
-        self.due = now + FRESHNESS
+        self.next_write = now + FRESHNESS
         self.stale = False
 
     def _put(self, path: Path, value: int) -> None:

@@ -1,12 +1,12 @@
 """The queues that a program shares with the NIC: struct rxe_queue_buf and its elements (rdma/rdma_user_rxe.h).
 
-One side owns the producer index, the other the consumer index. The NIC believes neither memory: it keeps a private copy
-of the index that it owns, masks the other, copies each element out once, and checks what it copied. A program that
-scribbles here harms its own queue pair only.
+One side owns the producer index, the other the consumer index. The NIC trusts neither: it keeps a private copy of the
+index that it owns, masks the other, copies each element out once, and checks the copy. A program that scribbles here
+harms its own queue pair only.
 
-An index is stored through a `memoryview` of 32-bit words, one aligned store (`struct.pack_into` would store bytes, and
-the program could see half an index). On x86 that order of stores is also what the program sees; other machines would
-need a barrier.
+An index is stored through a `memoryview` of 32-bit words, in one aligned store (`struct.pack_into` would store bytes,
+and the program could see half an index). On x86 the program sees the stores in that order; other machines would need a
+barrier.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from softroce_ext.device.shared import RingImage
 from softroce_ext.transport.interfaces import RecvWqe, SendWqe, Sge, WorkCompletion
@@ -51,7 +51,7 @@ _CARRY_DATA: Final = frozenset(
 )  # fmt: skip
 """Requests whose data may be inline: those that carry any from the program."""
 BAD_OPCODE: Final = 255
-"""What `fetch` gives for an element that makes no sense; the requester completes it as LOC_QP_OP_ERR."""
+"""The opcode that `fetch` returns for an invalid element; the requester completes it as LOC_QP_OP_ERR."""
 _INLINE: Final = int(SendFlag.INLINE)
 _UD_AT: Final = 24
 _UD = Struct("<IIH2xI")
@@ -73,30 +73,37 @@ def element_bytes(bytes_needed: int) -> int:
     return max(MIN_ELEMENT, power_of_two(bytes_needed))
 
 
+class RingPlace(NamedTuple):
+    """A ring's place in the queue file of its user context."""
+
+    area: memoryview
+    """The whole file, mapped once (a mapping and a descriptor for each ring would soon be too many)."""
+    offset: int
+    slots: int
+    """A power of two."""
+    element: int
+    """Bytes of a slot, a power of two."""
+    free: Callable[[int, int], None]
+    """Takes the range (offset, size) back."""
+    fresh: bool = True
+    """The ring is new: its header is written; else a dump brings it (`load`)."""
+
+
 class Ring:
-    """A ring at `offset` of the context's mapped queue file. One slot is always empty, so `capacity` is slots − 1."""
+    """A ring in the mapped queue file of a user context. One slot is always empty, so `capacity` is slots − 1."""
 
     __slots__ = ("_free", "_index", "_map", "capacity", "element", "log2", "mask", "offset", "size")
 
-    def __init__(
-        self,
-        area: memoryview,
-        offset: int,
-        slots: int,
-        element: int,
-        free: Callable[[int, int], None],
-        fresh: bool = True,
-    ) -> None:
-        """area: the whole file, mapped once (a mapping and a descriptor for each ring would soon be too many)."""
-        self.offset = offset
-        self.element = element
-        self.log2 = element.bit_length() - 1
-        self.mask = self.capacity = slots - 1
-        self.size = ring_bytes(slots, element)
-        self._free = free
-        self._map = area[offset : offset + self.size]
+    def __init__(self, place: RingPlace) -> None:
+        self.offset = place.offset
+        self.element = place.element
+        self.log2 = place.element.bit_length() - 1
+        self.mask = self.capacity = place.slots - 1
+        self.size = ring_bytes(place.slots, place.element)
+        self._free = place.free
+        self._map = place.area[place.offset : place.offset + self.size]
         self._index = self._map.cast("I")
-        if fresh:
+        if place.fresh:
             self._index[_LOG2] = self.log2
             self._index[_MASK] = self.mask
 
@@ -125,23 +132,25 @@ class _WorkRing(Ring):
 
     __slots__ = ("_fetched", "_retired", "max_sge")
 
-    def __init__(
-        self,
-        area: memoryview,
-        offset: int,
-        slots: int,
-        element: int,
-        free: Callable[[int, int], None],
-        max_sge: int,
-        fresh: bool = True,
-    ) -> None:
-        super().__init__(area, offset, slots, element, free, fresh)
+    def __init__(self, place: RingPlace, max_sge: int) -> None:
+        super().__init__(place)
         self.max_sge = max_sge
         self._fetched = self._retired = 0
 
     def reset(self) -> None:
         super().reset()
         self._fetched = self._retired = 0
+
+    def _advance(self) -> int:
+        """HOT. Fetch the next posted element: where it is in the ring, or -1 when there is none."""
+        fetched = self._fetched
+        if self._index[_PRODUCER] & self.mask == fetched:
+            return -1
+        following = (fetched + 1) & self.mask
+        if following == self._retired:
+            return -1  # more elements than the ring holds: the producer index is invalid
+        self._fetched = following
+        return HEADER + (fetched << self.log2)
 
     def retire(self) -> None:
         """HOT. Give the oldest fetched slot back."""
@@ -170,7 +179,7 @@ class _WorkRing(Ring):
             sge = Sge._make(_SGE.unpack_from(self._map, at))
             return (sge,), sge.length
         sges = tuple(Sge._make(_SGE.unpack_from(self._map, at + SGE_BYTES * i)) for i in range(count))
-        return sges, min(sum(sge.length for sge in sges), 0xFFFFFFFF)  # what a completion can say
+        return sges, min(sum(sge.length for sge in sges), 0xFFFFFFFF)  # the largest length of a completion
 
 
 class SendRing(_WorkRing):
@@ -178,32 +187,17 @@ class SendRing(_WorkRing):
 
     __slots__ = ("datagrams", "max_inline")
 
-    def __init__(
-        self,
-        area: memoryview,
-        offset: int,
-        slots: int,
-        element: int,
-        free: Callable[[int, int], None],
-        max_sge: int,
-        max_inline: int,
-        fresh: bool = True,
-    ) -> None:
-        super().__init__(area, offset, slots, element, free, max_sge, fresh)
+    def __init__(self, place: RingPlace, max_sge: int, max_inline: int) -> None:
+        super().__init__(place, max_sge)
         self.max_inline = max_inline
         self.datagrams = False
 
     def fetch(self) -> SendWqe | None:
-        """HOT. Copy out the next posted request. One that makes no sense comes with opcode BAD_OPCODE."""
-        fetched = self._fetched
-        if self._index[_PRODUCER] & self.mask == fetched:
+        """HOT. Copy out the next posted request. An invalid one has the opcode BAD_OPCODE."""
+        at = self._advance()
+        if at < 0:
             return None
-        following = (fetched + 1) & self.mask
-        if following == self._retired:
-            return None  # more than the ring holds: only a producer index that lies comes here
-        self._fetched = following
         ring = self._map
-        at = HEADER + (fetched << self.log2)
         wr_id, opcode, flags, imm, remote, second, swap, atomic_rkey = _SEND_HEAD.unpack_from(ring, at)
         length, count = _DMA.unpack_from(ring, at + _SEND_DMA_AT)
         destination = None
@@ -232,30 +226,15 @@ class ReceiveRing(_WorkRing):
 
     __slots__ = ("_shared",)
 
-    def __init__(
-        self,
-        area: memoryview,
-        offset: int,
-        slots: int,
-        element: int,
-        free: Callable[[int, int], None],
-        max_sge: int,
-        shared: bool = False,
-        fresh: bool = True,
-    ) -> None:
-        super().__init__(area, offset, slots, element, free, max_sge, fresh)
+    def __init__(self, place: RingPlace, max_sge: int, shared: bool = False) -> None:
+        super().__init__(place, max_sge)
         self._shared = shared
 
     def fetch(self) -> RecvWqe | None:
-        """HOT. Copy out the next posted receive. One with too many elements comes as a receive of no length."""
-        fetched = self._fetched
-        if self._index[_PRODUCER] & self.mask == fetched:
+        """HOT. Copy out the next posted receive. One with too many elements is a receive of length 0."""
+        at = self._advance()
+        if at < 0:
             return None
-        following = (fetched + 1) & self.mask
-        if following == self._retired:
-            return None  # more than the ring holds: only a producer index that lies comes here
-        self._fetched = following
-        at = HEADER + (fetched << self.log2)
         wr_id, _, count = _RECV_HEAD.unpack_from(self._map, at)
         if self._shared:
             self._retired = self._fetched
@@ -280,10 +259,9 @@ class CompletionRing(Ring):
 
     __slots__ = ("_producer",)
 
-    def __init__(
-        self, area: memoryview, offset: int, slots: int, free: Callable[[int, int], None], fresh: bool = True
-    ) -> None:
-        super().__init__(area, offset, slots, MIN_ELEMENT, free, fresh)
+    def __init__(self, place: RingPlace) -> None:
+        """place: its elements have MIN_ELEMENT bytes."""
+        super().__init__(place)
         self._producer = 0
 
     def push(self, completion: WorkCompletion) -> bool:

@@ -1,7 +1,7 @@
 """The command socket: datagrams from bridges in, answers out through each context's own mailbox and FIFO.
 
-Who sent a datagram is what the kernel says (SCM_CREDENTIALS), never what the message says; a context obeys the process
-that opened it and nobody else.
+The sender of a datagram is the process that the kernel names (SCM_CREDENTIALS), whatever the message says; a context
+obeys only the process that opened it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Protocol
 
 from softroce_ext.device.adapter import Adapter
-from softroce_ext.device.context import Context
-from softroce_ext.device.errors import NotYet, StateError, VerbsError
+from softroce_ext.device.errors import NotYet, VerbsError
 from softroce_ext.device.memory import ProcessMemory
+from softroce_ext.device.opening import Opening, inner_pid_of
+from softroce_ext.device.user_context import UserContext
 from softroce_ext.uverbs import abi
 from softroce_ext.uverbs.channel import LAYOUT_VERSION, MAILBOX_DATA, FileChannel
 from softroce_ext.uverbs.commands_qp import HANDLERS
@@ -38,71 +39,61 @@ _CREDENTIALS = struct.Struct("<iII")
 _OPEN_NAME = re.compile(rb"open-[0-9a-f-]{1,40}")
 _MAX_DATAGRAM: Final = 65536
 MAX_CONTEXTS: Final = 256
-"""Opens of the device that one process may have at a time: each costs the NIC descriptors."""
+"""Openings of the device that one process may have at a time: each costs the NIC descriptors."""
 _NEIGHBOUR_TIMEOUT: Final = 3.0
-"""Seconds that ibv_modify_qp waits for the partner's MAC, as the kernel's ib_resolve_eth_dmac about does."""
-
-
+"""Seconds that ibv_modify_qp waits for the peer's MAC, about as long as the kernel's ib_resolve_eth_dmac."""
 _TURN: Final = 0.005
 """Seconds of commands before frames get their turn."""
+_ALL_TURNS: Final = 64
+"""Turns of `serve_all`: other programs can keep sending."""
+_ALL_TURN: Final = 1.0
+"""Seconds of one of them."""
 
 
 @dataclass(slots=True)
 class _Waiting:
     """A command that waits for a neighbour's MAC."""
 
-    context: Context
+    context: UserContext
     sequence: int
     message: bytes
     deadline: float
 
 
-def open_process(pid: int | None) -> int:
-    """A descriptor that says when process `pid` ends (pidfd); -1: it has ended, or there is none (None).
+class RdmaCm(Protocol):
+    """The openings of rdma_cm, which use the same socket (`cm.server.CmFiles`)."""
 
-    Raises StateError when that cannot be known, for want of a descriptor: the process may well be alive.
-    """
-    if pid is None:
-        return -1
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return -1
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return -1  # before Linux 6.15: it has ended, and its number is still a group's or a session's
-        raise StateError(f"process {pid} cannot be watched, so nothing was changed: {error.strerror}") from None
+    def open(self, identifier: str, pid: int, uid: int, gid: int) -> Opening:
+        """A process opens rdma_cm. Raises OSError or VerbsError."""
 
-
-def inner_pid_of(pid: int) -> int:
-    """The number that process `pid` has in its own pid namespace. Raises OSError when it is gone."""
-    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
-        for line in status:
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-    return pid
+    def serve(self, identifier: str, pid: int, sequence: int, message: bytes) -> bool:
+        """Run and answer a command of an opening of process `pid`; False when there is no such opening."""
 
 
 class CommandServer:
-    """Owns uverbs.sock. `opened` and `ring` tell the loop of new contexts and of doorbells rung before a command."""
+    """Owns uverbs.sock: opens user contexts and runs their commands."""
 
     def __init__(
         self,
         run_directory: Path,
         adapter: Adapter,
-        opened: Callable[[Context], None],
-        ring: Callable[[Context], None],
+        *,
+        opened: Callable[[UserContext], None],
+        before_command: Callable[[UserContext], None],
+        cm: RdmaCm | None,
     ) -> None:
+        """opened: called with each new context; before_command: called with the context of each command, so that
+        doorbells that were rung before it are served first; cm: None when there is no rdma_cm.
+        """
         self._run = run_directory
         self._adapter = adapter
         self._opened = opened
-        self._ring = ring
+        self._before_command = before_command
+        self._cm = cm
         self._waiting: list[_Waiting] = []
         self._counter = 0
         self.trace: Callable[[str], None] | None = None
         """Takes one line for each command."""
-        self.cm: Any = None
-        """The opens of rdma_cm (`cm.server.CmFiles`), which come by the same socket."""
         self.path = run_directory / "uverbs.sock"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -117,7 +108,7 @@ class CommandServer:
         return self._socket.fileno()
 
     def serve(self, limit: int = 16, seconds: float = _TURN) -> int:
-        """Serve up to `limit` waiting datagrams, but begin none after `seconds`; returns how many there were."""
+        """Serve up to `limit` waiting datagrams, but start none after `seconds`; returns how many there were."""
         end = time.monotonic() + seconds
         for served in range(limit):
             if served and time.monotonic() > end:
@@ -133,6 +124,12 @@ class CommandServer:
                     self._datagram(message, *_CREDENTIALS.unpack(data[: _CREDENTIALS.size]))
         return limit
 
+    def serve_all(self) -> None:
+        """Serve every datagram that has been sent by now."""
+        for _ in range(_ALL_TURNS):
+            if not self.serve(64, _ALL_TURN):
+                break
+
     def _datagram(self, message: bytes, pid: int, uid: int, gid: int) -> None:
         if len(message) < _REQUEST.size:
             self._count("datagram_length")
@@ -147,23 +144,23 @@ class CommandServer:
             return
         identifier = name.decode("ascii", "replace")
         context = self._adapter.contexts.get(identifier)
-        file = self.cm.files.get(identifier) if context is None and self.cm is not None else None
-        if file is not None and file.pid == pid:
-            self.cm.command(file, sequence, message[_REQUEST.size :])
-        elif context is None or context.pid != pid:
-            # A wrong pid: a forked child, or somebody who guesses. There is nobody to answer to.
+        body = message[_REQUEST.size :]
+        if context is None and self._cm is not None and self._cm.serve(identifier, pid, sequence, body):
+            return
+        if context is None or context.pid != pid:
+            # A wrong pid is a forked child's, or another program's that guesses. No answer could reach it.
             self._count("datagram_context")
         elif any(item.context is context for item in self._waiting):
             self._count("datagram_busy")  # the mailbox holds one answer: a program sends one command at a time
         else:
-            self._command(context, sequence, message[_REQUEST.size :])
+            self._command(context, sequence, body)
 
     def _count(self, reason: str) -> None:
         self._adapter.engine.counters["refused_" + reason] += 1
 
     # -- opening ------------------------------------------------------------------------------------------------
 
-    def _open(self, name: bytes, pid: int, uid: int, gid: int, make: Callable[[int, int, int], Any]) -> None:
+    def _open(self, name: bytes, pid: int, uid: int, gid: int, make: Callable[[int, int, int], Opening]) -> None:
         if not _OPEN_NAME.fullmatch(name):
             self._count("open")
             return
@@ -177,18 +174,18 @@ class CommandServer:
         try:
             status = os.fstat(answer)
             if not stat.S_ISFIFO(status.st_mode) or status.st_uid not in (uid, os.geteuid()):
-                self._count("open")  # the directory is everybody's; this FIFO is not the sender's
+                self._count("open")  # every user can write to the directory; this FIFO is not the sender's
                 return
             try:
-                context = make(pid, uid, gid)
+                opening = make(pid, uid, gid)
             except (OSError, VerbsError) as error:
                 self._count("open")
                 number = error.number if isinstance(error, VerbsError) else error.errno or errno.EIO
                 os.write(answer, _OPENED.pack(number, 0, 0, LAYOUT_VERSION, b""))
                 return
-            os.write(answer, _OPENED.pack(0, *DEVICE_NUMBER, LAYOUT_VERSION, context.id.encode()))
+            os.write(answer, _OPENED.pack(0, *DEVICE_NUMBER, LAYOUT_VERSION, opening.id.encode()))
         except OSError:
-            return  # the program went away while it waited; its pidfd says so too
+            return  # the program ended while it waited; its pidfd says so, too
         finally:
             os.close(answer)
 
@@ -197,24 +194,22 @@ class CommandServer:
         while True:
             identifier = f"{self._adapter.number_base}-{self._counter}"
             self._counter += step
-            step *= 2  # anybody may make folders with the next names, and as many as there is room for
+            step *= 2  # any user can make folders with the next names, and as many as there is room for
             if identifier not in self._adapter.contexts and not (self._run / "ctx" / identifier).exists():
                 return identifier
 
-    def _new_cm_file(self, pid: int, uid: int, gid: int) -> Any:
-        if self.cm is None:
-            raise VerbsError(errno.ENXIO, "no rdma_cm here")
-        if len(self.cm.of({pid})) >= MAX_CONTEXTS:
-            raise VerbsError(errno.EMFILE, f"process {pid} has opened rdma_cm {MAX_CONTEXTS} times")
-        return self.cm.open(self._identifier(), pid, uid, gid)
+    def _new_cm_file(self, pid: int, uid: int, gid: int) -> Opening:
+        if self._cm is None:
+            raise VerbsError(errno.ENXIO, "there is no rdma_cm here")
+        return self._cm.open(self._identifier(), pid, uid, gid)
 
-    def _new_context(self, pid: int, uid: int, gid: int) -> Context:
+    def _new_context(self, pid: int, uid: int, gid: int) -> UserContext:
         if sum(context.pid == pid for context in self._adapter.contexts.values()) >= MAX_CONTEXTS:
             raise VerbsError(errno.EMFILE, f"process {pid} has {MAX_CONTEXTS} contexts")
         inner = inner_pid_of(pid)
         identifier = self._identifier()
         channel = FileChannel(self._run, identifier, (uid, gid))
-        context = Context(identifier, pid, inner, channel, ProcessMemory(pid))
+        context = UserContext(identifier, pid, inner, channel, ProcessMemory(pid))
         self._adapter.contexts[identifier] = context
         try:
             self._opened(context)
@@ -225,8 +220,8 @@ class CommandServer:
 
     # -- commands -----------------------------------------------------------------------------------------------
 
-    def _command(self, context: Context, sequence: int, message: bytes) -> None:
-        self._ring(context)  # a doorbell rung before this command comes first
+    def _command(self, context: UserContext, sequence: int, message: bytes) -> None:
+        self._before_command(context)
         started = time.monotonic()
         error, data, install = 0, b"", ""
         operation = -1
@@ -259,17 +254,17 @@ class CommandServer:
                 self.trace(f"{context.id} {_name(operation)}: {fault}")
         except (struct.error, IndexError):
             error = errno.ENOSPC  # a command shorter than its structure
-        except OSError as fault:  # no descriptor or no memory left, or the program has put something in the way
+        except OSError as fault:  # no descriptor or no memory left, or the program has replaced a file
             error = fault.errno or errno.EIO
-        except Exception:  # a fault of ours must not end every other program's connections
+        except Exception:  # a defect here must not end every other program's connections
             error = errno.EIO
             traceback.print_exc()
         if error:
             self._count("command_" + errno.errorcode.get(error, str(error)))
         context.channel.answer(sequence, error, data, install)
         if self.trace:
-            took = (time.monotonic() - started) * 1e6
-            self.trace(f"{context.id} {_name(operation)} in={len(message)} error={error} {took:.0f}us")
+            duration = (time.monotonic() - started) * 1e6
+            self.trace(f"{context.id} {_name(operation)} in={len(message)} error={error} {duration:.0f}us")
 
     @property
     def waiting(self) -> bool:
@@ -289,8 +284,8 @@ class CommandServer:
             if self._waiting and self._waiting[-1].context is item.context:
                 self._waiting[-1].deadline = item.deadline
 
-    def fail_waiting(self, context: Context) -> None:
-        """Answer what waits in `context` now (a checkpoint must not find a command under way)."""
+    def fail_waiting(self, context: UserContext) -> None:
+        """Answer the waiting command of `context` now (a checkpoint must not find one in progress)."""
         for item in [item for item in self._waiting if item.context is context]:
             self._waiting.remove(item)
             context.channel.answer(item.sequence, errno.ETIMEDOUT)

@@ -19,9 +19,9 @@ DEVICE_NUMBER: Final = (231, 192)
 """Major and minor of uverbs0, as the kernel numbers it."""
 CM_ABI_VERSION: Final = 4
 CM_MINOR: Final = 191
-"""Minor number of rdma_cm in our picture (the kernel takes any that is free)."""
+"""Minor number of rdma_cm in this picture (the kernel takes any free one)."""
 DEVICE_NAME: Final = "rxe0"
-"""The rxe provider is chosen by a name that begins with rxe."""
+"""libibverbs chooses the rxe provider for a name that starts with rxe."""
 
 
 def colons(data: bytes) -> str:
@@ -31,7 +31,7 @@ def colons(data: bytes) -> str:
 
 
 class SysfsPicture:
-    """Writes the picture and keeps its port and its GID table true."""
+    """Writes the picture, and keeps its port and its GID table up to date."""
 
     def __init__(self, run_directory: Path, adapter: Adapter, interface: str) -> None:
         self._class = run_directory / "sys" / "class"
@@ -42,7 +42,7 @@ class SysfsPicture:
         """The folder of port 1; its counters are `hw_counters.CounterFiles`'."""
 
     def create(self) -> None:
-        """Write everything. Must be done before anything can open the device."""
+        """Write everything. Must be called before any program can open the device."""
         guid = colons(self._adapter.guid)
         verbs = self._class / "infiniband_verbs"
         device = self._class / "infiniband" / DEVICE_NAME
@@ -74,7 +74,7 @@ class SysfsPicture:
         self.set_port()
         for folder in ("gids", "gid_attrs/types", "gid_attrs/ndevs"):
             (self.port / folder).mkdir(parents=True, exist_ok=True)
-        gids = self._adapter.gids
+        gids = self._adapter.addressing.gids
         for index in range(limits.GID_TABLE_LENGTH):
             self.set_gid(index, gids[index] if index < len(gids) else None)
         self._dev.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class SysfsPicture:
         (self._dev / "rdma_cm").touch()
 
     def set_port(self) -> None:
-        """Write what depends on the interface, in place."""
+        """Write the files that depend on the interface, in place."""
         link = self._adapter.link
         self._put("state", STATE_TEXT[link.state])
         self._put("phys_state", PHYS_TEXT[link.phys_state])

@@ -26,6 +26,7 @@ from softroce_ext.wire.frame import MAX_FRAME, build
 from softroce_ext.wire.frame import Path as WirePath
 from softroce_ext.wire.headers import BTH_DETH, GSI_QKEY, GSI_QPN
 from tests.support.fuzz.rounds import Tally, Violation
+from tests.support.nic.uverbs_program import QuietHost
 
 STEPS = 250
 HERE, PEER, STRANGER = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2]), bytes([10, 0, 0, 66])
@@ -115,9 +116,18 @@ class Scene:
         self.chance, self.tally = chance, tally
         own = random.Random(seed)
         self.engine = Engine()
-        self.adapter = Adapter(self.engine, b"\2\0\0\0\0\1", 9000, 1, lambda _: b"\2\0\0\0\0\2")
-        self.adapter.add_address(HERE)
-        self.cm = CommunicationManager(self.adapter, self.engine.gsi, own.randrange, lambda _to, _from: HERE)
+        self.adapter = Adapter(self.engine, b"\2\0\0\0\0\1", 9000, 1, QuietHost())
+        self.adapter.addressing.resolve = lambda _: b"\2\0\0\0\0\2"
+        self.adapter.addressing.add(HERE)
+        self.groups: list[tuple[bytes, bool]] = []
+        """Changes of the multicast groups with members: (address, whether there are any)."""
+        self.cm = CommunicationManager(
+            self.adapter,
+            self.engine.gsi,
+            own.randrange,
+            lambda _to, _from: HERE,
+            lambda address, member: self.groups.append((address, member)),
+        )
         self.files = [File(own), File(own)]
         self.files[0].other = self.files[1]
         self.now = 1000.0

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from softroce_ext.device.queue_pair import Destination
+from softroce_ext.device.address_handle import Destination
 from softroce_ext.uverbs.abi import EXTENDED, SIZES, Command
 from softroce_ext.uverbs.channel import LAYOUT_VERSION
 from softroce_ext.uverbs.server import MAGIC
@@ -79,9 +79,9 @@ class Attack:
     }  # fmt: skip
     """Commands whose body begins with a handle of this kind."""
     ANSWERED: ClassVar[dict[int, str]] = {
-        Command.DESTROY_CQ: "CompletionQueue", Command.DESTROY_QP: "QueuePair", Command.DESTROY_SRQ:
-        "SharedReceiveQueue", Command.QUERY_QP: "QueuePair", Command.QUERY_SRQ: "SharedReceiveQueue",
-        Command.POST_SEND: "QueuePair",
+        Command.DESTROY_CQ: "CompletionQueue", Command.DESTROY_QP: "UserQueuePair", Command.DESTROY_SRQ:
+        "SharedReceiveQueue", Command.QUERY_QP: "UserQueuePair", Command.QUERY_SRQ: "SharedReceiveQueue",
+        Command.POST_SEND: "UserQueuePair",
     }  # fmt: skip
     """Commands with a handle after the response pointer."""
 
@@ -132,7 +132,7 @@ class Attack:
             )  # fmt: skip
             values = [chance.randrange(16), 1, 1, 18, chance.choice((15, n())), 0, 0]
             small = [state, state, chance.choice((3, 5, 255)), 0, 0, 1, 1, 12, chance.choice((1, 1, 9)), 14, 7, 7, 0, 0]
-            return (address + bytes(32) + struct.pack("<IIIIIIIHH", h("QueuePair"), mask, *values)
+            return (address + bytes(32) + struct.pack("<IIIIIIIHH", h("UserQueuePair"), mask, *values)
                     + bytes(small) + bytes(2))  # fmt: skip
         if command in (Command.CREATE_CQ, Command.RESIZE_CQ):
             descriptor = chance.choice((-1, 0, 1, 5, self.program.channel, 9999, -2147483648))
@@ -168,7 +168,7 @@ class Attack:
             return pointer + struct.pack("<II", h(kind), chance.choice((0, 0, n()))) + bytes(chance.choice((0, 16)))
         if command in (Command.ATTACH_MCAST, Command.DETACH_MCAST):
             group = bytes(10) + b"\xff\xff" + bytes([chance.choice((239, 10)), 0, 0, chance.randrange(3)])
-            return group + struct.pack("<IHxx", h("QueuePair"), 0) + bytes(8)
+            return group + struct.pack("<IHxx", h("UserQueuePair"), 0) + bytes(8)
         if command == Command.ALLOC_MW:
             return pointer + struct.pack("<IB3x", h("ProtectionDomain"), chance.choice((1, 2, 0, 255)))
         if command == Command.REREG_MR:
@@ -268,7 +268,7 @@ class Attack:
         context = self.bystander.context
         kinds = {handle: type(item).__name__ for handle, item in context.objects.items()}
         expected = {self.theirs["pd"]: "ProtectionDomain", self.theirs["cq"]: "CompletionQueue",
-                    self.theirs["qp"]: "QueuePair"}  # fmt: skip
+                    self.theirs["qp"]: "UserQueuePair"}  # fmt: skip
         if kinds != expected:
             raise Violation(f"the bystander has {kinds}")
         query = struct.pack("<II", self.theirs["qp"], 0)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from softroce_ext.device.queue_pair import QueuePair
+from softroce_ext.device.user_queue_pair import UserQueuePair
 from softroce_ext.process.loop import LOOPBACK_FULL
 from softroce_ext.simulation.hosts import ByteSink
 from softroce_ext.transport.engine import Engine
@@ -58,7 +58,7 @@ class Loop:
         for context in list(self.nic.adapter.contexts.values()):
             for handle in context.channel.take_dirty():
                 qp = context.objects.get(handle)
-                if isinstance(qp, QueuePair):
+                if isinstance(qp, UserQueuePair):
                     self.engine.ring(qp.transport)
         self.now += 0.003
         self.engine.on_timer(self.now)

@@ -11,15 +11,17 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from softroce_ext.cm.ids import PS_UDP, Endpoint
 from softroce_ext.cm.manager import NEVER
-from softroce_ext.cm.server import CmFiles, Memberships
+from softroce_ext.cm.routing import Memberships
+from softroce_ext.cm.server import CmFiles
 from softroce_ext.control.server import ControlServer
-from softroce_ext.device.queue_pair import Destination
+from softroce_ext.device.address_handle import Destination
 from softroce_ext.port.capture import Capture
 from softroce_ext.simulation.hosts import Host, end
 from softroce_ext.trace.commands import CommandTrace
@@ -265,10 +267,10 @@ def test_many_queues_go_in_any_order() -> None:
     assert space.take(4096 * len(offsets)) == offsets[0], "the holes were not joined"
 
 
-def test_many_groups_of_one_queue_pair(nic: Upper) -> None:
+def test_many_groups_of_one_queue_pair(nic: Upper, monkeypatch: pytest.MonkeyPatch) -> None:
     """8000 groups: each that came or went had all of them gone through."""
     told: dict[bytes, bool] = {}
-    nic.adapter.groups.changed = told.__setitem__
+    monkeypatch.setattr(nic.adapter.groups, "_changed", told.__setitem__)
     program = Program(nic)
     made = program.objects()
     qp = struct.pack("<QIIIIIIIIIBBBx", 1, made["pd"], made["cq"], made["cq"], 0, 1, 1, 1, 1, 0, 0, 4, 0)
@@ -285,8 +287,6 @@ def test_many_ids_events_and_groups_of_rdma_cm() -> None:
     """8000 of each took 25 s to free when their program died."""
     scene = fuzz_cm.Scene(random.Random(1), Tally("cm", 1))
     cm, queue = scene.cm, scene.files[0].queue
-    told: list[tuple[bytes, bool]] = []
-    cm.groups.changed = lambda address, member: told.append((address, member))
     cm_id = cm.create(queue, 1, PS_UDP, 4)
     cm.addresses.bind(cm_id, Endpoint(fuzz_cm.HERE, 4000))
     with watchdog(PATIENCE):
@@ -294,7 +294,7 @@ def test_many_ids_events_and_groups_of_rdma_cm() -> None:
             cm.create(queue, 1, PS_UDP, 4)
             cm.groups.join(cm_id, 1, Endpoint(b"\xef\1" + number.to_bytes(2, "big")))
         cm.close(queue, 1.0)
-    assert len(told) == 16_000 and not cm.ids and not cm.groups.by_handle
+    assert len(scene.groups) == 16_000 and not cm.ids and not cm.groups.by_handle
 
 
 def test_many_ids_that_wait_for_neighbours() -> None:
@@ -312,7 +312,7 @@ def test_many_ids_that_wait_for_neighbours() -> None:
     assert len(asked) <= 1100
     for turn in range(20):
         cm.on_timer(3.0 + turn)
-    assert len(queue.events) == 1000 and cm.due == NEVER
+    assert len(queue.events) == 1000 and cm.next_deadline == NEVER
 
 
 def test_groups_do_not_take_a_descriptor_each() -> None:
@@ -374,7 +374,7 @@ def test_an_open_of_rdma_cm_without_descriptors(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "ctx").mkdir()
     cm = fuzz_cm.Scene(random.Random(1), Tally("cm", 1)).cm
     watched: dict[int, Any] = {}
-    files = CmFiles(tmp_path, cm, watched.__setitem__, watched.pop, lambda: 0.0)
+    files = CmFiles(tmp_path, cm, SimpleNamespace(watch=watched.__setitem__, unwatch=watched.pop), lambda: 0.0)
     real = os.mkfifo
 
     def full(path: Any, mode: int = 0o666) -> None:
@@ -387,4 +387,4 @@ def test_an_open_of_rdma_cm_without_descriptors(tmp_path: Path, monkeypatch: pyt
     for number in range(3):
         with pytest.raises(OSError):
             files.open(f"1-{number}", os.getpid(), os.getuid(), os.getgid())
-    assert descriptors() == before and not list((tmp_path / "ctx").iterdir()) and not files.files
+    assert descriptors() == before and not list((tmp_path / "ctx").iterdir()) and not files.by_id

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from softroce_ext.device.queue_pair import Destination
+from softroce_ext.device.address_handle import Destination
 from softroce_ext.uverbs.abi import EXTENDED, MODIFY_QP, Command
 from tests.support.fuzz import scribbler
 

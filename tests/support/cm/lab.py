@@ -22,14 +22,12 @@ class Lab:
 
     def __init__(self) -> None:
         rng = random.Random(1)
-        addressing = Addressing(MAC, lambda _ip: MAC)
+        addressing = Addressing(MAC, lambda _ip: MAC, lambda _index: None)
         addressing.add(HERE)
-        adapter = SimpleNamespace(
-            addressing=addressing, gids=addressing.gids, guid=bytes(8), mac=MAC, interface_mtu=9000, number_base=0
-        )
+        adapter = SimpleNamespace(addressing=addressing, guid=bytes(8), mac=MAC, interface_mtu=9000, number_base=0)
         self.sent: list[m.Message] = []
         gsi = SimpleNamespace(on_mad=None, send=lambda _path, mad: self.sent.append(m.unpack(mad)))
-        self.cm = CommunicationManager(adapter, gsi, rng.randrange, lambda _to, _from: HERE)
+        self.cm = CommunicationManager(adapter, gsi, rng.randrange, lambda *_: HERE, lambda *_: None)
         self.told = 0
         self.file: Any = SimpleNamespace(
             queue=EventQueue(self._tell), read=lambda _address, length: bytes(length), guid=bytes(8)

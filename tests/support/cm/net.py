@@ -32,14 +32,14 @@ class Nic:
     def __init__(self, net: Net, number: int, *addresses: bytes) -> None:
         self.net = net
         self.mac = bytes((2, 0, 0, 0, 0, number))
-        addressing = Addressing(self.mac, lambda ip: net.places[ip].mac)
+        addressing = Addressing(self.mac, lambda ip: net.places[ip].mac, lambda _index: None)
         self.adapter = SimpleNamespace(
             addressing=addressing, gids=addressing.gids, guid=bytes(7) + bytes((number,)), mac=self.mac,
             interface_mtu=1500, number_base=number,
         )  # fmt: skip
         gsi = SimpleNamespace(on_mad=None, send=self._send)
         self.cm = CommunicationManager(
-            self.adapter, gsi, random.Random(number).randrange, lambda _to, _from: addresses[0]
+            self.adapter, gsi, random.Random(number).randrange, lambda *_: addresses[0], lambda *_: None
         )
         for address in addresses:
             self.own(address)
@@ -108,7 +108,7 @@ class Nic:
         (self.file,) = checkpoint.restore(self.cm, records, make, addresses or {}, self.net.now)
 
     def release(self) -> None:
-        self.cm.release(self.file.queue, self.net.now)
+        self.cm.unhold(self.file.queue, self.net.now)
         self.cm.on_timer(self.net.now)
 
 

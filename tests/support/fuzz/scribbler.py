@@ -11,7 +11,7 @@ import shutil
 import struct
 from typing import Any
 
-from softroce_ext.device.queue_pair import QueuePair
+from softroce_ext.device.user_queue_pair import UserQueuePair
 from softroce_ext.native import build
 from softroce_ext.uverbs import rings
 from softroce_ext.uverbs.abi import Command
@@ -65,7 +65,7 @@ class Peer:
         if srq:
             body = struct.pack("<QIIII", 9, pd, 10, 2, 0)
             (shared,) = struct.unpack_from("<I", program.call(Command.CREATE_SRQ, body, 40))
-        self.qps: list[QueuePair] = []
+        self.qps: list[UserQueuePair] = []
         for _ in range(2):
             body = struct.pack("<QIIIIIIIIIBBBx", 8, pd, cq, cq, shared, 10, 10, 2, 2, 64, 0, kind, bool(srq))
             handle, _ = struct.unpack_from("<II", program.call(Command.CREATE_QP, body, 64))
@@ -74,7 +74,7 @@ class Peer:
         for here, there in (self.qps, self.qps[::-1]):
             self.connect(here, there)
 
-    def connect(self, here: QueuePair, there: QueuePair) -> None:
+    def connect(self, here: UserQueuePair, there: UserQueuePair) -> None:
         """To RTS."""
         modify = self.nic.adapter.modify_queue_pair
         way = WirePath(b"\2" * 6, b"\2" * 6, IP, IP, 0xC000)
@@ -116,7 +116,7 @@ class Peer:
         count = len(sges) if count is None else count
         return struct.pack("<Q8xIIIIII", wr_id, 0, 0, 0, count, 0, 0) + b"".join(struct.pack("<QII", *s) for s in sges)
 
-    def ring(self, qp: QueuePair) -> None:
+    def ring(self, qp: UserQueuePair) -> None:
         os.pwrite(self.program.queues, b"\1", AT_DIRTY + qp.handle)
 
 

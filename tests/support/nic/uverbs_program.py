@@ -5,15 +5,41 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from softroce_ext.device.adapter import Adapter
-from softroce_ext.device.context import Context
+from softroce_ext.device.user_context import UserContext
+from softroce_ext.device.user_queue_pair import UserQueuePair
 from softroce_ext.transport.engine import Engine
 from softroce_ext.uverbs.channel import LAYOUT_VERSION
 from softroce_ext.uverbs.server import MAGIC, CommandServer
 
 IP = bytes([10, 0, 0, 1])
+
+
+class QuietHost:
+    """The machine around a device (device.host.Host): every neighbour is known, and nothing else happens."""
+
+    speed: int | None = None
+
+    def resolve(self, address: bytes) -> bytes | None:
+        return bytes(6)
+
+    def link_speed(self) -> int | None:
+        return self.speed
+
+    def gid_changed(self, index: int, gid: bytes | None) -> None:
+        return
+
+    def link_changed(self) -> None:
+        return
+
+    def group_changed(self, address: bytes, member: bool) -> None:
+        return
+
+    def last_turn(self, leaving: Sequence[UserQueuePair]) -> None:
+        return
 
 
 class Upper:
@@ -22,10 +48,13 @@ class Upper:
     def __init__(self, run: Path, base: int = 1) -> None:
         self.run = run
         self.engine = Engine()
-        self.adapter = Adapter(self.engine, bytes([2, 0, 0, 0, 0, base]), 9000, base, lambda _: bytes(6))
-        self.adapter.add_address(IP)
-        self.opened: list[Context] = []
-        self.server = CommandServer(run, self.adapter, self.opened.append, lambda _: None)
+        self.host = QuietHost()
+        self.adapter = Adapter(self.engine, bytes([2, 0, 0, 0, 0, base]), 9000, base, self.host)
+        self.adapter.addressing.add(IP)
+        self.opened: list[UserContext] = []
+        self.server = CommandServer(
+            run, self.adapter, opened=self.opened.append, before_command=lambda _: None, cm=None
+        )
 
     def close(self) -> None:
         """Free everything."""
@@ -54,7 +83,7 @@ class Program:
         self.queues = os.open(self.directory / "queues", os.O_RDWR)
 
     @property
-    def context(self) -> Context:
+    def context(self) -> UserContext:
         """The NIC's side."""
         return self.upper.adapter.contexts[self.id]
 

@@ -17,7 +17,7 @@ from softroce_ext.cm.connection import (
     RECEIVED,
     RETRIES,
     Connection,
-    Happened,
+    ConnectionEvent,
     State,
 )
 from softroce_ext.cm.messages import Kind, Message, Reason
@@ -34,7 +34,7 @@ class Ends:
         self.active = Connection(0xA, 2 << 32)
         self.passive: Connection | None = None
         self.accepts = accepts
-        self.heard: dict[str, list[Happened]] = {"active": [], "passive": []}
+        self.heard: dict[str, list[ConnectionEvent]] = {"active": [], "passive": []}
 
     def ends(self) -> list[tuple[str, Connection]]:
         found = [("active", self.active)]
@@ -46,7 +46,7 @@ class Ends:
         for name, end in self.ends():
             for event in end.events:
                 self.heard[name].append(event.what)
-                if event.what is Happened.RESPONSE:
+                if event.what is ConnectionEvent.RESPONSE:
                     end.ready()
             end.events.clear()
             other = "passive" if name == "active" else "active"
@@ -88,7 +88,7 @@ def test_connect_and_psns() -> None:
     assert ends.passive is not None
     assert (ends.active.remote_psn, ends.active.remote_qpn) == (200, 18)
     assert (ends.passive.remote_psn, ends.passive.remote_qpn) == (100, 17)
-    assert ends.heard == {"active": [Happened.RESPONSE], "passive": [Happened.ESTABLISHED]}
+    assert ends.heard == {"active": [ConnectionEvent.RESPONSE], "passive": [ConnectionEvent.ESTABLISHED]}
     assert ends.active.deadline is ends.passive.deadline is None
 
 
@@ -102,7 +102,9 @@ def test_disconnect_and_timewait() -> None:
         end.on_timer(end.deadline)
         assert end.state is State.CLOSED
     ends.out()
-    assert all(heard[-2:] == [Happened.DISCONNECTED, Happened.TIMEWAIT_EXIT] for heard in ends.heard.values())
+    assert all(
+        heard[-2:] == [ConnectionEvent.DISCONNECTED, ConnectionEvent.TIMEWAIT_EXIT] for heard in ends.heard.values()
+    )
 
 
 def test_disconnect_from_both_ends_at_once() -> None:
@@ -112,7 +114,7 @@ def test_disconnect_from_both_ends_at_once() -> None:
     ends.passive.disconnect(1.0)
     ends.quiet(1.0)
     assert ends.active.state is ends.passive.state is State.TIMEWAIT
-    assert [heard.count(Happened.DISCONNECTED) for heard in ends.heard.values()] == [1, 1]
+    assert [heard.count(ConnectionEvent.DISCONNECTED) for heard in ends.heard.values()] == [1, 1]
 
 
 def test_reject_carries_reason_and_data() -> None:
@@ -123,7 +125,7 @@ def test_reject_carries_reason_and_data() -> None:
     ((_, message),) = ends.out()
     ends.active.receive(message, 0.0)
     (event,) = ends.active.events
-    assert (event.what, event.reason) == (Happened.REJECTED, Reason.CONSUMER_DEFINED)
+    assert (event.what, event.reason) == (ConnectionEvent.REJECTED, Reason.CONSUMER_DEFINED)
     assert event.message is not None
     assert event.message.private.startswith(b"no")
     assert ends.active.state is State.CLOSED
@@ -140,7 +142,7 @@ def test_nobody_answers() -> None:
     assert all(message is active.outbox[0] for message in active.outbox)
     assert times == pytest.approx([ANSWER_TIME * n for n in range(1, RETRIES + 2)])
     (event,) = active.events
-    assert (event.what, event.late) == (Happened.UNREACHABLE, True)
+    assert (event.what, event.late) == (ConnectionEvent.UNREACHABLE, True)
 
 
 def test_lost_rtu_is_repeated_for_a_repeated_rep() -> None:
@@ -217,7 +219,7 @@ def test_a_slow_program_s_peer_is_asked_for_patience() -> None:
 def test_table_names_handlers_and_waits_end() -> None:
     for row in RECEIVED.values():
         for handler in row.values():
-            assert callable(getattr(Connection, handler))
+            assert callable(handler)
     assert set(ON_TIMEOUT) == {
         State.REQ_SENT, State.REP_SENT, State.SIDR_SENT, State.DREQ_SENT, State.TIMEWAIT,
     }  # fmt: skip
@@ -275,13 +277,13 @@ def test_any_link(seed: int, loss: float, repeat: float, hangup: str) -> None:
         pytest.fail("it does not end")
     states = {end.state for _, end in ends.ends()}
     for heard in ends.heard.values():
-        assert all(heard.count(what) <= 1 for what in Happened)
+        assert all(heard.count(what) <= 1 for what in ConnectionEvent)
     if ends.active.state is State.ESTABLISHED and hangup == "nobody":
         # A passive end whose repeats were all lost has told the active one by REJ; were that lost too, the queue
         # pair's own retries end the connection, as in InfiniBand.
         assert ends.passive is not None
         assert ends.passive.state in (State.ESTABLISHED, State.CLOSED)
-        assert states == {State.ESTABLISHED} or Happened.UNREACHABLE in ends.heard["passive"]
+        assert states == {State.ESTABLISHED} or ConnectionEvent.UNREACHABLE in ends.heard["passive"]
     if hung_up and hangup != "nobody":
         # All sixteen DREQs can be lost. An end that got one, or sent one, is not connected any more.
         for name, end in ends.ends():

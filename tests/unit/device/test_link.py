@@ -6,6 +6,8 @@ Invariant: the numbers are those that Linux rxe (kernel 6.1) was seen to give.
 from __future__ import annotations
 
 import struct
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -43,9 +45,11 @@ def test_states(up: bool, carrier: bool, state: int, phys_state: int) -> None:
 
 def test_an_adapter_says_what_its_interface_is_like() -> None:
     """MTU, state and speed in ibv_query_port; the files are told of a change, also of one that only a query finds."""
-    adapter = Adapter(Engine(), bytes(6), 9000, 1, lambda _: bytes(6))
     told: list[Link] = []
-    adapter.link_listeners.append(lambda: told.append(adapter.link))
+    host: Any = SimpleNamespace(
+        resolve=None, group_changed=None, link_speed=lambda: None, link_changed=lambda: told.append(adapter.link)
+    )
+    adapter = Adapter(Engine(), bytes(6), 9000, 1, host)
 
     def port() -> tuple[int, ...]:
         """state, active_mtu, active_width, active_speed, phys_state."""
@@ -58,14 +62,15 @@ def test_an_adapter_says_what_its_interface_is_like() -> None:
     assert adapter.engine.port_mtu == 1024
     assert adapter.engine.counters["link_downed"] == 1
     assert len(told) == 1
-    adapter.measure_speed = lambda: 40000
+    host.link_speed = lambda: 40000
     assert port() == (1, 3, 2, FDR10, 2)
     assert len(told) == 2
 
 
 def test_a_port_counts_wrong_keys() -> None:
     """As rxe does: P_Keys and Q_Keys that were refused, up to 65535."""
-    adapter = Adapter(Engine(), bytes(6), 9000, 1, lambda _: bytes(6))
+    host: Any = SimpleNamespace(resolve=None, group_changed=None, link_speed=lambda: None)
+    adapter = Adapter(Engine(), bytes(6), 9000, 1, host)
     adapter.engine.counters["refused_pkey"] = 3
     adapter.engine.counters["refused_qkey"] = 70000
     assert struct.unpack_from("<IIII", abi.port_attributes(adapter))[2:] == (3, 65535)

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from softroce_ext.device.context import Context
-from softroce_ext.port.packet_socket import BATCH
+from softroce_ext.device.user_context import UserContext
+from softroce_ext.device.user_queue_pair import UserQueuePair
+from softroce_ext.port.batch import BATCH
 from softroce_ext.process.loop import FLUSHES, LAST_TURNS, Descriptors, Loop
 
 
@@ -31,7 +32,7 @@ class Parts:
         """That the engine has to send, `BATCH` at a time."""
         self.waiting_frames: deque[bytes] = deque()
         self.sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.files: Any = SimpleNamespace(due=float("inf"), stale=False)
+        self.files: Any = SimpleNamespace(next_write=float("inf"), stale=False)
 
     def engine(self) -> Any:
         return SimpleNamespace(
@@ -43,7 +44,8 @@ class Parts:
     def port(self) -> Any:
         return SimpleNamespace(
             fileno=self.sockets[0].fileno, fileno6=self.sockets[1].fileno, receive=self._receive, receive6=list,
-            flush=lambda: True, loopback=deque(), unsent=False, impairment=None, capture=None,
+            flush=lambda: True, loopback=deque(), unsent=False, advance=lambda: None, next_time=lambda: None,
+            flush_observers=lambda: None,
         )  # fmt: skip
 
     def _on_timer(self, now: float) -> None:
@@ -62,7 +64,7 @@ class Parts:
 
     def loop(self, descriptors: Descriptors) -> Loop:
         commands: Any = SimpleNamespace(waiting=False)
-        cm: Any = SimpleNamespace(due=float("inf"))
+        cm: Any = SimpleNamespace(next_deadline=float("inf"))
         return Loop(0.0, descriptors, self.engine(), self.port(), commands, cm, self.files)
 
 
@@ -111,10 +113,11 @@ def channel(parts: Parts) -> Iterator[Channel]:
             continue
 
 
-def context(channel: Channel) -> Context:
+def context(channel: Channel) -> UserContext:
     memory: Any = None
-    made = Context("c1", None, 1, channel, memory)
-    queue_pair: Any = SimpleNamespace(transport="qp 5")
+    made = UserContext("c1", None, 1, channel, memory)
+    queue_pair: Any = UserQueuePair.__new__(UserQueuePair)
+    queue_pair.transport = "qp 5"
     made.objects[5] = queue_pair
     return made
 
@@ -159,7 +162,7 @@ def test_a_doorbell_is_served_once_and_armed_before_sleep(
     parts: Parts, descriptors: Descriptors, channel: Channel
 ) -> None:
     loop, program = parts.loop(descriptors), context(channel)
-    loop.listen(program, lambda _: parts.log.append("ended"))
+    loop.watch_doorbell(program, lambda _: parts.log.append("ended"))
     channel.dirty = [5, 6]  # 6 is no queue pair of this program
     os.write(channel.program, b"!")
     turns(loop, 5)
@@ -170,11 +173,11 @@ def test_a_doorbell_is_served_once_and_armed_before_sleep(
 def test_the_end_of_a_program_is_told(parts: Parts, descriptors: Descriptors, channel: Channel) -> None:
     loop, program = parts.loop(descriptors), context(channel)
 
-    def ended(gone: Context) -> None:
+    def ended(gone: UserContext) -> None:
         parts.log.append(gone)
-        loop.ignore(gone)
+        loop.stop_watching_doorbell(gone)
 
-    loop.listen(program, ended)
+    loop.watch_doorbell(program, ended)
     os.close(channel.program)
     turns(loop, 5)
     assert parts.log == [program]
@@ -210,9 +213,9 @@ def test_an_event_of_a_descriptor_is_not_for_who_has_its_number_next(descriptors
 
 def test_an_ignored_program_calls_nothing(parts: Parts, descriptors: Descriptors, channel: Channel) -> None:
     loop, program = parts.loop(descriptors), context(channel)
-    loop.listen(program, lambda _: parts.log.append("ended"))
+    loop.watch_doorbell(program, lambda _: parts.log.append("ended"))
     loop.wake(program)
-    loop.ignore(program)
+    loop.stop_watching_doorbell(program)
     channel.dirty = [5]
     os.write(channel.program, b"!")
     os.close(channel.program)

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from softroce_ext.device import checkpoint, image
-from softroce_ext.device.context import AddressHandle, Context
+from softroce_ext.device.address_handle import AddressHandle
 from softroce_ext.device.errors import ImageError
 from softroce_ext.device.regions import MemoryRegion, ProtectionDomain
+from softroce_ext.device.user_context import UserContext
 from softroce_ext.transport.interfaces import ProtectionError, SendWqe, WorkCompletion
 from softroce_ext.transport.state.receiver import Acknowledge, ReadAnswer, ResponderResource
 from softroce_ext.transport.verbs import Access, QpState, WrOpcode
@@ -68,7 +69,7 @@ def full(program: Program) -> Program:
     return program
 
 
-def restored(upper: Upper, path: Path, addresses: dict[bytes, bytes] | None = None) -> list[Context]:
+def restored(upper: Upper, path: Path, addresses: dict[bytes, bytes] | None = None) -> list[UserContext]:
     """Restore an image file into a NIC."""
 
     def channel(identifier: str, owner: tuple[int, int], taken: list[tuple[int, int]]) -> FileChannel:
@@ -145,11 +146,11 @@ def test_address_handles_that_moved_here_share_their_numbers(full: Program, seco
     assert mine.number == handle.number
     (moved,) = restored(other, written(full.upper, tmp_path / "image"))
     (theirs,) = moved.of(AddressHandle)
-    adapter.destroy_address_handle(moved, theirs)
+    adapter.destroy(moved, theirs)
     assert mine.number in adapter.ah_numbers
     adapter.forget(moved)
     assert mine.number in adapter.ah_numbers
-    adapter.destroy_address_handle(local.context, mine)
+    adapter.destroy(local.context, mine)
     assert mine.number not in adapter.ah_numbers
 
 

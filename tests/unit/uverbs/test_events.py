@@ -9,6 +9,7 @@ import os
 import struct
 
 from softroce_ext.device.completion import SharedReceiveQueue
+from softroce_ext.transport.verbs import QpEvent
 from softroce_ext.uverbs.abi import Command
 from tests.support.nic.uverbs_program import Program
 
@@ -40,11 +41,11 @@ def test_the_port_and_the_gid_table(program: Program) -> None:
     """Link down, link up, an address more and one less: four events of port 1."""
     program.objects()
     adapter = program.upper.adapter
-    adapter.port_event(False)
-    adapter.port_event(True)
-    adapter.add_address(bytes([10, 0, 0, 9]))
-    adapter.add_address(bytes([10, 0, 0, 9]))  # known: no event
-    adapter.remove_address(bytes([10, 0, 0, 9]))
+    adapter.events.port_event(QpEvent.PORT_ERR)
+    adapter.events.port_event(QpEvent.PORT_ACTIVE)
+    adapter.addressing.add(bytes([10, 0, 0, 9]))
+    adapter.addressing.add(bytes([10, 0, 0, 9]))  # known: no event
+    adapter.addressing.remove(bytes([10, 0, 0, 9]))
     assert events(program) == [(1, PORT_ERR), (1, PORT_ACTIVE), (1, GID_CHANGE), (1, GID_CHANGE)]
 
 
@@ -67,6 +68,6 @@ def test_unread_events_go_with_their_object(program: Program) -> None:
     """The program waits for as many acknowledgements as it has read; an event that it did not read is not counted."""
     handle = srq_of_eight(program, 5)
     assert program.context.get(handle, SharedReceiveQueue).fetch() is not None
-    program.upper.adapter.port_event(False)
+    program.upper.adapter.events.port_event(QpEvent.PORT_ERR)
     assert struct.unpack("<I", program.call(Command.DESTROY_SRQ, struct.pack("<II", handle, 0), 4)) == (0,)
     assert events(program) == [(1, PORT_ERR)], "other events stay"

@@ -47,7 +47,7 @@ def test_values_are_rewritten_in_place_and_only_what_changed(tmp_path: Path) -> 
         assert opened.read() == "100\n"  # through a descriptor that was open before, too
     assert (sent.stat().st_ino, received.stat().st_mtime_ns) == before
     assert read(tmp_path / "migros") == {"refused_icrc": 7, "refused_opcode": 1}
-    assert files.due == 5.0 + FRESHNESS
+    assert files.next_write == 5.0 + FRESHNESS
     assert not files.stale
     files.close()
 

@@ -19,9 +19,9 @@ from softroce_ext.cm.manager import CommunicationManager
 from softroce_ext.cm.server import CmFiles
 from softroce_ext.device.errors import StateError
 from softroce_ext.device.link import Link
-from softroce_ext.process import nic as nic_module
 from softroce_ext.process.management import Management
 from softroce_ext.process.nic import Nic
+from softroce_ext.process.user_contexts import UserContexts
 from softroce_ext.uverbs.sysfs import SysfsPicture
 from tests.support.nic.uverbs_program import IP, Program, Upper
 
@@ -36,10 +36,17 @@ def nic(upper: Upper) -> Nic:
     made.descriptors = SimpleNamespace(  # type: ignore[assignment]
         watch=watched.__setitem__, unwatch=lambda fd: watched.pop(fd, None), watched=watched
     )
-    cm = CommunicationManager(upper.adapter, upper.engine.gsi, lambda _: 0, lambda *_: IP)
-    made.cm_files = CmFiles(upper.run, cm, made.descriptors.watch, made.descriptors.unwatch, lambda: 0.0)
-    nothing = dict.fromkeys(("listen", "ignore", "wake", "settle", "last_turn"), lambda *_: None)
-    made.loop = SimpleNamespace(**nothing)  # type: ignore[assignment]
+    cm = CommunicationManager(upper.adapter, upper.engine.gsi, lambda _: 0, lambda *_: IP, lambda *_: None)
+    made.cm_files = CmFiles(upper.run, cm, made.descriptors, lambda: 0.0)
+    parts = ("watch_doorbell", "stop_watching_doorbell", "wake", "settle", "last_turn")
+    made.loop = SimpleNamespace(**dict.fromkeys(parts, lambda *_: None))  # type: ignore[assignment]
+    made.user_contexts = UserContexts(
+        upper.adapter,
+        made.descriptors,
+        loop=made.loop,
+        commands=upper.server,
+        port=None,  # type: ignore[arg-type]
+    )
     return made
 
 
@@ -81,7 +88,7 @@ def test_programs_that_cannot_be_watched_stay_held(nic: Nic, upper: Upper, monke
     assert [context.id for context in upper.adapter.contexts.values() if not context.held] == names
     assert set(nic.descriptors.watched) == {context.pidfd for context in contexts}  # type: ignore[attr-defined]
     for context in contexts:
-        nic.unwatch_context(context)
+        nic.user_contexts.stop_watching(context)
 
 
 def test_an_open_of_rdma_cm_stays_held(nic: Nic, monkeypatch: Any) -> None:
@@ -92,12 +99,12 @@ def test_an_open_of_rdma_cm_stays_held(nic: Nic, monkeypatch: Any) -> None:
         patch.setattr(os, "pidfd_open", failing(errno.EMFILE))
         assert not unhold(nic, "cm-1")["ok"]
         with pytest.raises(StateError):
-            files.release(file)
-    assert file.held and files.files == {"cm-1": file}
-    assert unhold(nic, "cm-1")["ok"] and not file.held and files.files
+            files.unhold(file)
+    assert file.held and files.by_id == {"cm-1": file}
+    assert unhold(nic, "cm-1")["ok"] and not file.held and files.by_id
     files.hold(file)
     monkeypatch.setattr(os, "pidfd_open", failing(errno.ESRCH))
-    assert unhold(nic, "cm-1")["ok"] and not files.files
+    assert unhold(nic, "cm-1")["ok"] and not files.by_id
 
 
 def test_a_program_that_ended_while_it_was_held(nic: Nic, upper: Upper, monkeypatch: Any) -> None:
@@ -112,7 +119,7 @@ def test_a_link_that_changes(nic: Nic, upper: Upper, tmp_path: Path, monkeypatch
     """Programs are told; only the files are as they were."""
     nic.sysfs = SysfsPicture(tmp_path, upper.adapter, "eth0")
     nic.sysfs.create()
-    upper.adapter.link_listeners.append(nic._port_changed)
+    monkeypatch.setattr(upper.host, "link_changed", nic.link_changed)
     state = nic.sysfs.port / "state"
     before = state.read_text()
 
@@ -120,7 +127,7 @@ def test_a_link_that_changes(nic: Nic, upper: Upper, tmp_path: Path, monkeypatch
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(nic_module.os, "open", full)
+        patch.setattr(os, "open", full)
         upper.adapter.set_link(Link(True, False, 9000))
     assert upper.adapter.engine.counters["link_downed"] == 1
     assert state.read_text() == before

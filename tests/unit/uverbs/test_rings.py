@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from softroce_ext.native import build
 from softroce_ext.transport.interfaces import Sge, WorkCompletion
 from softroce_ext.uverbs import abi, rings
-from softroce_ext.uverbs.rings import CompletionRing, ReceiveRing, SendRing
+from softroce_ext.uverbs.rings import MIN_ELEMENT, CompletionRing, ReceiveRing, RingPlace, SendRing
 
 PRODUCER, CONSUMER = 128, 256
 
@@ -73,7 +73,7 @@ def send_wqe(
 
 def send_ring(shared: Shared, slots: int = 8) -> SendRing:
     """A send queue of 2 elements each and 64 inline bytes."""
-    return SendRing(shared.area, 0, slots, 512, ignore, 2, 64)
+    return SendRing(RingPlace(shared.area, 0, slots, 512, ignore), 2, 64)
 
 
 def test_send_elements_come_out_as_posted(shared: Shared) -> None:
@@ -136,8 +136,8 @@ def test_scribbled_queues_stay_inside(noise: int, count: int) -> None:
     shared = Shared()
     try:
         chance = random.Random(noise)
-        send, receive = send_ring(shared), ReceiveRing(shared.area, 65536, 8, 128, ignore, 2)
-        completion = CompletionRing(shared.area, 131072, 8, ignore)
+        send, receive = send_ring(shared), ReceiveRing(RingPlace(shared.area, 65536, 8, 128, ignore), 2)
+        completion = CompletionRing(RingPlace(shared.area, 131072, 8, MIN_ELEMENT, ignore))
         for _ in range(count):
             for at in (0, 65536, 131072):
                 os.pwrite(shared.fd, chance.randbytes(4096), at)
@@ -157,7 +157,7 @@ def test_completions_are_taken_once_in_order_and_overflow_is_seen(steps: list[bo
     """Against a list as model: push refuses exactly when `capacity` wait."""
     shared = Shared()
     try:
-        ring = CompletionRing(shared.area, 0, 4, ignore)
+        ring = CompletionRing(RingPlace(shared.area, 0, 4, MIN_ELEMENT, ignore))
         waiting: list[int] = []
         for number, push in enumerate(steps):
             if push:
@@ -176,7 +176,7 @@ def test_completions_are_taken_once_in_order_and_overflow_is_seen(steps: list[bo
 
 def test_a_shared_receive_queue_gives_its_slot_back_at_once(shared: Shared) -> None:
     """Several queue pairs finish in any order."""
-    ring = ReceiveRing(shared.area, 0, 8, 128, ignore, 2, shared=True)
+    ring = ReceiveRing(RingPlace(shared.area, 0, 8, 128, ignore), 2, shared=True)
     shared.put(PRODUCER, 3)
     assert ring.fetch() is not None
     assert shared.get(CONSUMER) == 1

@@ -1,67 +1,62 @@
-"""One open of the device by one process, and every object that it owns."""
+"""One opening of the device by one process, and every object that it owns."""
 
 from __future__ import annotations
 
 import errno
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from softroce_ext.device.completion import ASYNC_EVENT, CompletionChannel, CompletionQueue, SharedReceiveQueue
 from softroce_ext.device.errors import VerbsError
 from softroce_ext.device.memory import ProcessMemory
 from softroce_ext.device.numbers import Handles
-from softroce_ext.device.queue_pair import QueuePair
+from softroce_ext.device.opening import Opening
 from softroce_ext.device.regions import MemoryRegion, MemoryWindow, ProtectionDomain
-from softroce_ext.device.shared import EventFifo
+from softroce_ext.device.shared import Channel, EventFifo
+from softroce_ext.device.user_object import UserObject
+from softroce_ext.device.user_queue_pair import UserQueuePair
+from softroce_ext.transport.verbs import QpEvent
 from softroce_ext.wire.path import address_text
 
-Object = Any
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=UserObject)
 
-UNAFFILIATED = (9, 10, 11, 12, 13, 17, 18)
+UNAFFILIATED: Final = frozenset(
+    {
+        QpEvent.PORT_ACTIVE,
+        QpEvent.PORT_ERR,
+        QpEvent.LID_CHANGE,
+        QpEvent.PKEY_CHANGE,
+        QpEvent.SM_CHANGE,
+        QpEvent.CLIENT_REREGISTER,
+        QpEvent.GID_CHANGE,
+    }
+)
 """Events of the port or device; their element is a port number, not a user handle."""
 
-
-SWEEP_AT = 16
-"""Completion channels that a context may have before those that the program closed are looked for."""
-
-
-class AddressHandle:
-    """An address handle of UD; `number` is what work requests carry."""
-
-    __slots__ = ("attributes", "handle", "number", "pd")
-
-    def __init__(self, pd: ProtectionDomain, attributes: bytes, number: int) -> None:
-        self.pd = pd
-        self.attributes = attributes
-        self.number = number
-        self.handle = 0
+SWEEP_AT: Final = 16
+"""Completion channels that a user context may have before those that the program closed are looked for."""
 
 
-class Context:
-    """What one process opened. `pid` is its number here (None from a restore to the attach), `inner_pid` its own."""
+class UserContext(Opening):
+    """What one process opened (the kernel's ib_ucontext)."""
 
-    def __init__(self, identifier: str, pid: int | None, inner_pid: int, channel: Any, memory: ProcessMemory) -> None:
-        self.id = identifier
-        self.pid = pid
-        self.inner_pid = inner_pid
-        self.channel = channel
-        self.memory = memory
+    def __init__(
+        self, identifier: str, pid: int | None, inner_pid: int, channel: Channel, memory: ProcessMemory
+    ) -> None:
+        super().__init__(identifier, pid, inner_pid, channel, memory)
         self.handles = Handles()
-        self.objects: dict[int, Object] = {}
+        self.objects: dict[int, UserObject] = {}
+        """By handle."""
         self.comp_channels: dict[tuple[int, int], CompletionChannel] = {}
         self.async_fifo: EventFifo | None = None
-        self.held = False
-        """A checkpoint holds it: its program is frozen, and a closed doorbell is not its death."""
         self.awake = False
-        """The loop looks at its queues by itself, so the program need not ring."""
-        self.pidfd = -1
+        """The loop looks at its queues in every round, so the program need not ring the doorbell."""
         self.sweep_at = SWEEP_AT
 
     def check_room(self) -> None:
-        """Raise VerbsError(ENOMEM) when `add` would: to be asked before the device knows anything of a new object."""
+        """Raise VerbsError(ENOMEM) when `add` would. To be called before the device knows anything of a new object."""
         self.handles.check()
 
-    def add(self, item: Object) -> int:
+    def add(self, item: UserObject) -> int:
         """Give `item` a handle and keep it. Returns the handle."""
         handle = self.handles.take()
         item.handle = handle
@@ -73,8 +68,8 @@ class Context:
         item = self.objects.get(handle)
         if item is None:
             raise VerbsError(errno.ENOENT, f"no object has handle {handle}")
-        if item.__class__ is not kind:
-            raise VerbsError(errno.EINVAL, f"handle {handle} is no {kind.__name__}")
+        if not isinstance(item, kind):
+            raise VerbsError(errno.EINVAL, f"handle {handle} is a {type(item).__name__}, not a {kind.__name__}")
         return item
 
     def remove(self, handle: int) -> None:
@@ -83,20 +78,20 @@ class Context:
         self.handles.give_back(handle)
 
     def of(self, kind: type[_T]) -> list[_T]:
-        """All objects of one kind, oldest handle first."""
-        return [item for _, item in sorted(self.objects.items()) if item.__class__ is kind]
+        """Return all objects of one kind, in the order of their handles."""
+        return [item for _, item in sorted(self.objects.items()) if isinstance(item, kind)]
 
     @property
-    def queue_pairs(self) -> list[QueuePair]:
-        """All queue pairs, by handle."""
-        return self.of(QueuePair)
+    def queue_pairs(self) -> list[UserQueuePair]:
+        """All queue pairs, in the order of their handles."""
+        return self.of(UserQueuePair)
 
     def post_async(self, element: int, event: int) -> bool:
-        """Send an asynchronous event; False when nobody can take it."""
+        """Send an asynchronous event; False when it cannot be delivered."""
         return self.async_fifo is not None and self.async_fifo.post(ASYNC_EVENT.pack(element, event, 0))
 
     def unread_async(self, user_handle: int) -> int:
-        """Take back the unread asynchronous events of an object that goes; return how many there were."""
+        """Take back the unread asynchronous events of an object that is destroyed; return how many there were."""
 
         def of_object(record: bytes) -> bool:
             element, event, _ = ASYNC_EVENT.unpack(record)
@@ -120,7 +115,7 @@ class Context:
         }
 
 
-def queue_pair_summary(qp: QueuePair) -> dict[str, Any]:
+def queue_pair_summary(qp: UserQueuePair) -> dict[str, Any]:
     """Plain data of one queue pair for the management socket."""
     transport = qp.transport
     attributes, movement = transport.attributes, transport.movement
