@@ -19,7 +19,7 @@ from softroce_ext.device.numbers import MAX_BASE
 from softroce_ext.native import build
 from softroce_ext.port.impairment import ImpairmentSpec
 
-EXIT_BAD_INPUT, EXIT_ENVIRONMENT = 2, 3
+EXIT_ENVIRONMENT = 3
 HIGH_NICE = -15
 SLICE_NS = 100_000
 _SYS_SCHED_SETATTR = 314 if os.uname().machine == "x86_64" else 274
@@ -52,7 +52,7 @@ def _mtu(text: str) -> int:
 
 
 def _priority(level: str) -> None:
-    """Let the NIC go before the programs that poll on the same processors, as hardware would."""
+    """Let the NIC run before the programs that poll on the same processors, as hardware would."""
     if level == "realtime":
         try:
             os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
@@ -68,7 +68,7 @@ def _priority(level: str) -> None:
 
 
 def _short_slice() -> None:
-    """Ask for the shortest time slice (Linux 6.12 and later): whoever has a longer one is interrupted."""
+    """Ask for the shortest time slice (Linux 6.12 and later): processes with a longer one are interrupted."""
     libc = ctypes.CDLL(None, use_errno=True)
     # struct sched_attr: size, policy, flags, nice, priority, runtime (ns; the slice of SCHED_OTHER), deadline, period
     attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, HIGH_NICE, 0, SLICE_NS, 0, 0)
@@ -76,7 +76,7 @@ def _short_slice() -> None:
 
 
 def _limits() -> None:
-    """As many descriptors as allowed (each shared ring holds one), and no death by a program that cuts its queues."""
+    """Raise the limit on descriptors (each opening takes several), and survive programs that truncate their queues."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a NIC until it is told to stop; returns the exit code."""
+    """Run a NIC until it is stopped; returns the exit code."""
     options = parser().parse_args(argv)
     from softroce_ext.process.nic import Nic, NicConfig
 
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_ENVIRONMENT
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: nic.stop())
-    # A signal must end a sleep in epoll: the handler only sets a flag, the byte in this pipe wakes the loop.
+    # A signal must end a sleep in epoll: the handler only sets a flag; the byte in this pipe wakes the loop.
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writing)
     nic.descriptors.watch(reading, lambda _: None)

@@ -95,7 +95,7 @@ class Connection(Generic[OwnerT]):
         self.transaction_id = transaction_id
         self.state = State.IDLE
         self.request: Message | None = None
-        """The REQ (or SIDR_REQ), ours or the peer's."""
+        """The REQ (or SIDR_REQ) that started it, from either end."""
         self.remote_qpn = 0
         self.remote_psn = 0
         """The PSN that the peer expects in the first packet from here."""

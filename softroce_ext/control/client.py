@@ -1,4 +1,4 @@
-"""The client's end of the management socket: what the testbed, its agents and the tests use."""
+"""The client's end of the management socket, for the testbed, its agents and the tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ControlError(Exception):
-    """The NIC refused a command, or is not there. `hint` says what to do, where there is something."""
+    """The NIC refused a command, or does not answer. `hint` says what to do, if anything."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ class ControlClient:
     """A connection to a NIC's control.sock. The commands and their arguments are listed in docs/nic-control.md."""
 
     def __init__(self, path: str | os.PathLike[str] = "/run/migros/nic/control.sock", timeout: float = 30.0) -> None:
-        """timeout: seconds for each answer. Raises ControlError when nobody listens at `path`."""
+        """timeout: seconds for each answer. Raises ControlError when no NIC listens at `path`."""
         self._path = str(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout)
@@ -39,12 +39,14 @@ class ControlClient:
             while b"\n" not in self._buffer:
                 data = self._socket.recv(65536)
                 if not data:
-                    raise ControlError(f"the NIC at {self._path} went away during {command}")
+                    raise ControlError(f"the NIC at {self._path} closed the connection during {command}")
                 self._buffer += data
         except TimeoutError:
             raise ControlError(f"the NIC at {self._path} did not answer {command} in time") from None
         except OSError as error:
-            raise ControlError(f"the NIC at {self._path} went away during {command}: {error.strerror}") from None
+            raise ControlError(
+                f"the NIC at {self._path} closed the connection during {command}: {error.strerror}"
+            ) from None
         answer, _, self._buffer = self._buffer.partition(b"\n")
         result: dict[str, Any] = json.loads(answer)
         if not result.pop("ok", False):

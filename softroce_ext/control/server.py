@@ -31,7 +31,8 @@ class ControlServer:
         wait_for: Callable[[Callable[[float], bool]], None],
     ) -> None:
         """handle: gets each request and answers through `Respond`; watch: call back when a descriptor is readable;
-        wait_for: call a function every few milliseconds until it returns True."""
+        wait_for: call a function every few milliseconds until it returns True.
+        """
         self.path = path
         self._handle = handle
         self._watch = watch
@@ -50,7 +51,7 @@ class ControlServer:
 
     def _accept(self, _events: int) -> None:
         if not self._take():
-            # No descriptor is left: ask now and then. The listener stays readable, and would be reported for ever.
+            # No descriptor is left: try again later. The listener stays readable, so epoll would report it forever.
             self._unwatch(self._listener.fileno())
             self._wait_for(self._listen_again)
 
@@ -95,7 +96,7 @@ class ControlServer:
             waiting = self._unsent.setdefault(connection, bytearray())
             idle = not waiting
             if len(waiting) > _MAX_UNSENT:
-                self._drop(connection.fileno())  # it asks and never reads
+                self._drop(connection.fileno())  # the client sends commands and never reads
                 return
             waiting += json.dumps(answer).encode() + b"\n"
             if idle and not self._flush(connection):

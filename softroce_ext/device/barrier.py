@@ -1,7 +1,8 @@
-"""A full memory barrier, for the two places where a store must be seen before a later load is made.
+"""A full memory barrier, for the two places where a store must be visible before a later load is made.
 
-On x86 stores are seen in order and loads are made in order, but a load may overtake an earlier store. After clearing a
-doorbell the queues must be read, and after publishing a completion the wish for an event: both would be lost otherwise.
+On x86 stores become visible in order and loads are made in order, but a load may overtake an earlier store. After
+clearing a doorbell the queues must be read, and after publishing a completion the request for an event; without a
+barrier either could be missed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """User contexts to an image and back: the same handles, numbers, keys, indices, and each queue pair's whole state.
 
 A dump reads and changes nothing. A restore enters all contexts of an image or none; its queue pairs come up Stopped, so
-nothing is sent and no request is executed until the management says that the program's memory is in place.
+nothing is sent and no request is executed until a management command says that the program's memory is in place.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class CompletionQueue(UserObject):
         self.handle = 0
         self.users = 0
         # The program arms by a store into shared memory (the bridge does it), so that asking for an event costs no
-        # command; this byte is a stand-in until `share` is called.
+        # command; until `share` is called, this byte takes its place.
         self._arms: bytearray | mmap.mmap = bytearray(1)
         self._arm_at = 0
         self.comp_events = 0
@@ -139,7 +139,7 @@ class CompletionQueue(UserObject):
         self._arms[self._arm_at] = self._arms[self._arm_at] & ARM_EXISTS | state
 
     def arm(self, solicited_only: bool) -> None:
-        """Ask for one event: at the next completion, or the next solicited or failed one. The stronger wish stays."""
+        """Ask for one event: at the next completion, or the next solicited or failed one. The wider request stays."""
         if self.notify != NOTIFY_NEXT:
             self.notify = NOTIFY_SOLICITED if solicited_only else NOTIFY_NEXT
 
@@ -223,4 +223,4 @@ class SharedReceiveQueue(UserObject):
         return wqe
 
     def retire(self) -> None:
-        """Nothing: several queue pairs share the ring and finish in any order, so `fetch` gave the slot back."""
+        """Do nothing: several queue pairs share the ring and finish in any order, so `fetch` gave the slot back."""

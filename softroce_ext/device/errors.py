@@ -1,4 +1,4 @@
-"""Errors of the device, by whose fault they are."""
+"""Errors of the device, by the party at fault."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 class VerbsError(Exception):
-    """The program's fault (or a limit): a verb that is answered by an errno. `reason` is for the trace."""
+    """The program's fault, or a limit: the verb is answered by an errno. `reason` is for the trace."""
 
     def __init__(self, number: int, reason: str = "") -> None:
         super().__init__(f"{errno.errorcode.get(number, number)}: {reason or os.strerror(number)}")
@@ -27,4 +27,4 @@ class ImageError(Exception):
 
 
 class StateError(Exception):
-    """A management command does not fit the state of what it names (not held, not known, already there)."""
+    """A management command does not fit the state of its object (not held, not known, already there)."""

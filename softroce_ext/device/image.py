@@ -1,8 +1,8 @@
-"""The NIC image: every object of one or more contexts in one file, checked when it is read.
+"""The NIC image: every object of one or more user contexts in one file, checked when it is read.
 
 Layout: the line `MIGROS NIC IMAGE 1`, two little-endian u64 (length of the JSON, length of the rings compressed by
 zlib), the JSON, the rings, and a CRC-32 of everything before it. The JSON is `Image`; rings refer to their bytes by
-offset. Nothing in it is the name of a host, so any NIC whose numbers are free can take it.
+offset. It names no host, so any NIC whose numbers are free can take it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from softroce_ext.device.shared import RingImage
 
 try:
     from isal.isal_zlib import compress
-except ImportError:  # the standard library's does the same, slower
+except ImportError:  # the standard library has the same, but slower
     from zlib import compress
 
 MAGIC: Final = b"MIGROS NIC IMAGE 1\n"
@@ -31,7 +31,7 @@ MAX_IMAGE: Final = 1 << 31
 
 
 class Record(BaseModel):
-    """What every record of an image is: strict, complete, unknown fields refused."""
+    """The base of every record of an image: strict, complete, unknown fields refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -42,7 +42,7 @@ _HANDLE = Field(ge=1, lt=65536)
 
 
 class RingRecord(Record):
-    """device.shared.RingImage; `at` is where its bytes begin in the ring section."""
+    """device.shared.RingImage; `at` is the offset of its bytes in the ring section."""
 
     offset: int = Field(ge=0, multiple_of=4096)
     size: int = Field(gt=0, multiple_of=4096)
@@ -130,7 +130,7 @@ class QpRecord(Record):
     receive_ring: RingRecord | None
     async_events: int = Field(ge=0)
     groups: dict[str, list[int]]
-    """Its multicast groups: GID in hexadecimal, and the LIDs that it joined with."""
+    """Its multicast groups: GID in hexadecimal, and the LIDs with which it joined."""
     state: dict[str, Any]
     """transport.state.queue_pair.QueuePairState.to_plain."""
 
@@ -161,14 +161,14 @@ class ContextRecord(Record):
 
 
 class Image(Record):
-    """Everything, in the order in which it is restored: PD → MR → MW → channel → CQ → SRQ → AH → QP."""
+    """Everything; `checkpoint.ORDER` is the order in which the objects of a user context are restored."""
 
     version: int
     number_base: int = Field(ge=0, le=255)
-    """Of the NIC that wrote the image; for people who read it."""
+    """The number base of the NIC that wrote the image; for people who read it."""
     contexts: list[ContextRecord]
     cm: list[dict[str, Any]]
-    """Opens of rdma_cm: cm.checkpoint.FileRecord, which checks them."""
+    """Openings of rdma_cm: cm.records.FileRecord, which checks them."""
 
 
 class RingSection:
@@ -186,7 +186,7 @@ class RingSection:
         return record
 
     def take(self, record: RingRecord) -> RingImage:
-        """The ring of a record. Raises ImageError when its numbers contradict each other."""
+        """Return the ring of a record. Raises ImageError when its numbers contradict each other."""
         data = self.bytes()[record.at : record.at + record.size]
         needed = 384 + (record.mask + 1) * record.element
         if record.element & (record.element - 1) or record.mask & (record.mask + 1):
@@ -207,7 +207,7 @@ class RingSection:
         )
 
     def bytes(self) -> bytes:
-        """All of it."""
+        """Return all of it."""
         if len(self._parts) > 1:
             self._parts = [b"".join(self._parts)]
         return self._parts[0] if self._parts else b""
@@ -253,17 +253,17 @@ def read(path: str | os.PathLike[str]) -> tuple[Image, RingSection]:
         raise ImageError(f"{path}: version: {image.version}, this NIC reads {VERSION}")
     try:
         unpacker = zlib.decompressobj()
-        # No more than the records speak of: some bytes can unpack to any number.
+        # No more than the records announce: some bytes can unpack to any number.
         rings = unpacker.decompress(data[head + text_length : -_CRC.size], min(_ring_bytes(image), MAX_IMAGE) + 1)
     except zlib.error as error:
         raise ImageError(f"{path}: the rings do not unpack: {error}") from None
     if len(rings) != _ring_bytes(image) or not unpacker.eof:
-        raise ImageError(f"{path}: the rings are not the {_ring_bytes(image)} bytes that the records speak of")
+        raise ImageError(f"{path}: the rings do not have the {_ring_bytes(image)} bytes that the records announce")
     return image, RingSection(rings)
 
 
 def _ring_bytes(image: Image) -> int:
-    """Bytes of all rings, by their records."""
+    """Return the bytes of all rings, by their records."""
     records: list[RingRecord | None] = []
     for context in image.contexts:
         records += [cq.ring for cq in context.cqs] + [srq.ring for srq in context.srqs]

@@ -1,7 +1,7 @@
 """What must hold of a queue pair's state and of the numbers in an image, beyond the kinds of its fields.
 
-An image has a checksum, but whoever can write the file can write that too. What passes here can be run: no number is
-longer than its place in a packet or a queue, and nothing refers to what is not there.
+An image has a checksum, but a program that can write the file can write that, too. An image that passes here can be
+run: no number is longer than its place in a packet or a queue, and nothing refers to what is not there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the device says of itself: the attributes of Linux rxe (kernel 6.1) as `ibv_devinfo -v` shows them there."""
+"""The attributes of the device: those of Linux rxe (kernel 6.1) as `ibv_devinfo -v` shows them there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOCAL_CA_ACK_DELAY: Final = 15
 COMP_VECTORS: Final = 1
 
 MAX_INLINE_DATA: Final = 512
-"""Bytes of a send work request that may lie in the queue itself."""
+"""Bytes of a send work request that may be in the queue itself."""
 
 MAX_MSG_SIZE: Final = 0x800000
 PORT_CAP_FLAGS: Final = 0x00010000

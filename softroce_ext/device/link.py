@@ -1,4 +1,4 @@
-"""What the network interface below a port is like, and what a RoCE port says of itself because of it (as Linux rxe)."""
+"""The state of the network interface below a port, and the port attributes that follow from it (as in Linux rxe)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Rate(NamedTuple):
     """One row of the table of rates."""
 
     above: int
-    """Mbit/s of the interface that this row begins above."""
+    """The row is for interfaces faster than this (Mbit/s)."""
     width: int
     """enum ib_port_width: 1 is 1X, 2 is 4X."""
     speed: int
@@ -41,13 +41,13 @@ class Link(NamedTuple):
     """The interface's state."""
 
     up: bool = True
-    """It is switched on (IFF_UP)."""
+    """It is up (IFF_UP)."""
     carrier: bool = True
-    """There is somebody at the other end (IFF_LOWER_UP)."""
+    """It has a carrier (IFF_LOWER_UP)."""
     mtu: int = 1500
     """Bytes."""
     speed: int | None = None
-    """Mbit/s as ethtool says; None: unknown."""
+    """Mbit/s as ethtool reports it; None: unknown."""
 
     @property
     def active(self) -> bool:

@@ -1,7 +1,7 @@
 """The memory of another process, read and written by address (process_vm_readv(2), process_vm_writev(2)).
 
-The system call costs a few microseconds whatever it moves, so writes are collected: each is copied into a staging
-buffer, where the payloads of consecutive packets of one message lie side by side and become one range of one call.
+The system call costs a few microseconds however little it moves, so writes are collected: each is copied into a staging
+buffer, where the payloads of consecutive packets of one message are adjacent and become one range of one call.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import struct
 from typing import Final
 
 from softroce_ext.transport.interfaces import MemoryFault
-
-Buffer = bytes | bytearray | memoryview
+from softroce_ext.wire.frame import Buffer
 
 STAGING: Final = 1 << 19
 """Bytes of deferred writes, per process, before a flush is forced."""
 MAX_RANGES: Final = 256
 SCRATCH: Final = 1 << 18
-"""Bytes of the buffer that `read` answers from; a longer read gets a buffer of its own."""
+"""Bytes of the buffer that `read` returns views of; a longer read gets a buffer of its own."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _readv = _libc.process_vm_readv
@@ -78,8 +77,8 @@ class ProcessMemory:
         self._staging: memoryview | None = None
         self._address = 0
         self._used = 0  # bytes of staging in use
-        self._at = 0  # where in staging the open range begins
-        self._end = -1  # remote address at which a write would prolong the open range
+        self._at = 0  # where the open range starts in staging
+        self._end = -1  # remote address at which a write would extend the open range
         self._count = 0
         self._fault: MemoryFault | None = None
 
@@ -110,7 +109,7 @@ class ProcessMemory:
         return view
 
     def write(self, address: int, data: Buffer) -> None:
-        """HOT. Take `data` for `address`; it is there at the latest after `flush`. Raises MemoryFault only there."""
+        """HOT. Take `data` for `address`; it is written at the latest by `flush`, which alone raises MemoryFault."""
         staging = self._staging
         if staging is None:
             staging = self._open_staging()
@@ -154,7 +153,7 @@ class ProcessMemory:
         done = _writev(self.pid, self._ranges_at, count, self._ranges_at + 16 * MAX_RANGES, count, 0)
         if done == used or self._fault is not None:
             return
-        # Which range failed: the kernel stops at the first bad page and says how many bytes it moved.
+        # Which range failed: the kernel stops at the first bad page and returns how many bytes it moved.
         moved = max(done, 0)
         for index in range(count):
             length = self._ranges[2 * (MAX_RANGES + index) + 1]
@@ -173,7 +172,7 @@ class ProcessMemory:
                 self.read(at, 1)
         except MemoryFault:
             return False
-        # Storing what was read is not harmless while the program runs; ask the mapping instead.
+        # Writing back what was read is not harmless while the program runs; query the mapping instead.
         return not writable or self._mapped_writable(ends)
 
     def _mapped_writable(self, addresses: tuple[int, int]) -> bool:
@@ -184,7 +183,7 @@ class ProcessMemory:
             return error.errno == errno.ENOTTY and self._listed_writable(addresses)
 
     def _listed_writable(self, addresses: tuple[int, int]) -> bool:
-        """The same by reading the whole list, on kernels before 6.11: a program can make that long."""
+        """The same by reading the whole list, on kernels before 6.11 (a program can make the list long)."""
         found = 0
         try:
             with open(f"/proc/{self.pid}/maps", encoding="ascii", errors="replace") as maps:
@@ -200,6 +199,6 @@ class ProcessMemory:
         return found == len(addresses)
 
     def gone(self) -> bool:
-        """Whether the process has ended, or is just ending: it has no address space any more."""
+        """Whether the process has ended, or is just ending: it no longer has an address space."""
         _local[0], _local[1], _local[2], _local[3] = _scratch_address, 1, 0, 1
         return _readv(self.pid, _local_at, 1, _remote_at, 1, 0) < 0 and ctypes.get_errno() == errno.ESRCH

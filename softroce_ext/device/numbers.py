@@ -17,7 +17,7 @@ RANGE = 65536
 """Numbers of each kind that one base has."""
 MAX_BASE = 255
 FIRST_QPN = 16
-"""0 and 1 are special, and rxe begins at 16 as well."""
+"""0 and 1 are special, and rxe starts at 16 as well."""
 
 
 class Handles:
@@ -80,7 +80,7 @@ class Range:
 class NumberPool(Set[int]):
     """The numbers of one kind that are in use, as a set.
 
-    A number that moved here keeps its value, which another object may have already: it is free once nobody has it.
+    A number that moved here keeps its value, which another object may have already: it is free once no object has it.
     """
 
     def __init__(self, numbers: Range, limit: int, what: str) -> None:
@@ -91,7 +91,7 @@ class NumberPool(Set[int]):
         self._users: Counter[int] = Counter()
 
     def take(self) -> int:
-        """Return a number that nobody has. Raises VerbsError(ENOMEM)."""
+        """Return a number that no object has. Raises VerbsError(ENOMEM)."""
         if len(self._users) >= self._limit:
             raise VerbsError(errno.ENOMEM, f"too many {self._what}")
         return self._numbers.take(self._users)

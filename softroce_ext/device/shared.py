@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 from softroce_ext.transport.interfaces import RecvWqe, SendWqe, WorkCompletion
 
@@ -63,7 +63,7 @@ class ReceiveRing(Ring, Protocol):
     def posted(self) -> int:
         """Receives that are posted and not yet fetched."""
 
-    def move_to(self, other: Any) -> None:
+    def move_to(self, other: Self) -> None:
         """Copy the posted receives into an empty ring of another length."""
 
 
@@ -76,7 +76,7 @@ class CompletionRing(Ring, Protocol):
     def waiting(self) -> int:
         """Completions that the program has not taken."""
 
-    def move_to(self, other: Any) -> None:
+    def move_to(self, other: Self) -> None:
         """Copy the waiting completions into an empty ring of another length."""
 
 

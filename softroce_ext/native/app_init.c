@@ -3,23 +3,23 @@
  *
  *   app_init --dir DIR [--cwd DIR] [--policy idle|batch|other] [--env NAME=VALUE]... -- COMMAND [ARGUMENT]...
  *
- * Three processes come of it:
+ * It becomes three processes:
  *
  *   launcher   the process that was started. Stays outside: prints "init PID\n" (PID as the caller sees it), closes
  *              its output, waits for init and passes its exit status on. It is not part of the checkpoint. If its
  *              standard input is a pipe, that is a lifeline: at its end of file, which comes however the holder
  *              dies, init is killed, and with it the namespace. (PR_SET_PDEATHSIG would follow the thread that forked.)
  *   init       pid 1 of the new namespace and root of the dumped tree: own session, no descriptor but 0, 1, 2
- *              (/dev/null, DIR/stdout, DIR/stderr, both append-only, so that a restored tree goes on at the end),
+ *              (/dev/null, DIR/stdout, DIR/stderr, both append-only, so that a restored tree continues at the end),
  *              no terminal. Reaps orphans, forwards SIGTERM and SIGINT, writes DIR/exit when the command ends.
  *   command    COMMAND, found through PATH, with the --env variables added (init itself runs without them, so that a
  *              preloaded library is mapped into the application only).
  *
- * --policy is the scheduling policy (sched(7)) of init and command. RDMA programs poll, and beside them the scheduler lets
- * a NIC or a switch that wakes up wait for the end of a time slice, milliseconds. Before SCHED_IDLE it goes at once.
+ * --policy is the scheduling policy (sched(7)) of init and command. RDMA programs poll, and beside them
+ * a NIC or a switch that wakes up waits for the end of a time slice, milliseconds. SCHED_IDLE gives way to it at once.
  *
  * DIR/exit appears atomically and holds "code N\n" or "signal N\n", then "at SECONDS\n" (wall clock; CLOCK_MONOTONIC is
- * not comparable across a restore, which gives the tree a time namespace). After a migration it lies in DIR of the
+ * not comparable across a restore, which gives the tree a time namespace). After a migration it is in DIR of the
  * host where the command ended, while the source's launcher only sees its init killed.
  *
  * Exit status: the command's; 128 + N after signal N; 125 when app_init itself failed (a reason on standard error);
@@ -183,10 +183,10 @@ static _Noreturn void run_init(const char *directory, const char *cwd, char **co
 	}
 	child = 0;
 	write_exit_file(exit_file, unfinished, status);
-	_exit(exit_code(status)); /* the kernel kills whatever else is left in the namespace */
+	_exit(exit_code(status)); /* the kernel kills everything else in the namespace */
 }
 
-/* Return when init has ended; kill it when the lifeline on standard input, if there is one, has been let go. */
+/* Return when init has ended; kill it when the lifeline on standard input, if there is one, has been closed. */
 static void hold_lifeline(pid_t init)
 {
 	struct pollfd watched[2] = { { .fd = STDIN_FILENO }, { .events = POLLIN } };
@@ -271,7 +271,7 @@ int main(int argc, char **argv)
 	block_forwarded(SIG_UNBLOCK);
 	printf("init %d\n", (int)init);
 	if (fflush(stdout) != 0)
-		end_namespace(0); /* nobody reads: the agent is gone already */
+		end_namespace(0); /* there is no reader: the agent is gone already */
 	if (close_range(1, ~0U, 0) < 0)
 		die("close_range");
 	hold_lifeline(init);

@@ -1,8 +1,8 @@
 """Compile the C programs and libraries of this folder on demand, once per content.
 
 `<name>.c` is one by itself; all `<name>/*.c` together are one. The output's folder is named after a hash of sources,
-headers and the compiler's command line, so what has changed is compiled anew and what has not is found in microseconds.
-It lies outside the source tree because a checkpointed program maps the library: the path must be the same at every
+headers and the compiler's command line, so changed sources are compiled again, unchanged ones found in microseconds.
+It is outside the source tree because a checkpointed program maps the library: the path must be the same at every
 host and stay while the program lives.
 """
 

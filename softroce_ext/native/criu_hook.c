@@ -3,12 +3,12 @@
  *
  * CRIU (`-L DIR` at dump) calls PAUSE_DEVICES for each process just before it freezes the tree and CHECKPOINT_DEVICES
  * for each process when the whole tree is frozen, before the first page is read. At the second moment the virtual NIC
- * must stop writing into the program's memory; whatever it wrote later would be lost. So this plugin asks the agent,
+ * must stop writing into the program's memory; later writes would be lost. So this plugin asks the agent,
  * over the Unix stream socket named by TESTBED_CRIU_SOCKET, and waits for its answer:
  *
  *   plugin                         agent
- *   "pause PID\n"            →     (no answer; tells when the freeze began)
- *   "checkpoint PID\n"       →     "go\n": carry on | anything else or end of file: CRIU gives up and the program runs on
+ *   "pause PID\n"            →     (no answer; reports when the freeze started)
+ *   "checkpoint PID\n"       →     "go\n": carry on | anything else or end of file: CRIU gives up and the program resumes
  *
  * Both are sent once for a dump, for the first process CRIU names; the agent finds the others itself, since they are
  * frozen. At restore the plugin does nothing.

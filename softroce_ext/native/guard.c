@@ -1,8 +1,8 @@
-/* guard.c: a NIC survives a program that cuts the file they share.
+/* guard.c: lets a NIC survive a program that truncates the file they share.
  *
- * The shared queues lie in a tmpfs file that the program can truncate (by a raw system call; the bridge refuses
- * ftruncate). The NIC's next look at them would be SIGBUS. Here that page becomes private zeros instead: the program's
- * queue is lost to it, the NIC and every other program go on.
+ * The shared queues are in a tmpfs file that the program can truncate (by a raw system call; the bridge refuses
+ * ftruncate). The NIC's next access to them would raise SIGBUS. Here that page is replaced by private zeros instead:
+ * the program loses its queue, while the NIC and every other program continue.
  */
 #include <signal.h>
 #include <stdint.h>
@@ -12,7 +12,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 static uintptr_t page_mask;
-static volatile sig_atomic_t mended;
+static volatile sig_atomic_t pages_replaced;
 
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
@@ -21,10 +21,10 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
 	(void)context;
 	if (info->si_code == BUS_ADRERR &&
 	    mmap(page, ~page_mask + 1, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == page) {
-		mended++;
+		pages_replaced++;
 		return;
 	}
-	signal(number, SIG_DFL); /* not ours to mend: the access is repeated and ends the process */
+	signal(number, SIG_DFL); /* another kind of fault: the access is repeated and ends the process */
 }
 
 /* Install the handler; 0, or -1 with errno. */
@@ -37,5 +37,5 @@ EXPORT int guard_install(void)
 	return sigaction(SIGBUS, &action, NULL);
 }
 
-/* How many pages were replaced. */
-EXPORT int guard_mended(void) { return mended; }
+/* Return how many pages were replaced. */
+EXPORT int guard_pages_replaced(void) { return pages_replaced; }

@@ -59,6 +59,6 @@ class Batch:
         return [views[i][: words[i * _WORDS + _LENGTH_WORD]] for i in range(count)]
 
     def send(self, fd: int, first: int, end: int) -> int:
-        """HOT. Send slots `first` up to `end` to a socket; returns how many it took (errno says why none)."""
+        """HOT. Send slots `first` up to `end` to a socket; returns how many it took (0 or less: see errno)."""
         taken: int = _sendmmsg(fd, self.address + first * _MMSGHDR.size, end - first, _MSG_DONTWAIT)
         return taken

@@ -30,7 +30,7 @@ class Capture:
         self._dirty = False
 
     def write(self, frames: Iterable[memoryview]) -> None:
-        """Append frames, all with the time of now. A full disk ends the capture, not the NIC."""
+        """Append frames, all with the present time. A full disk ends the capture, not the NIC."""
         seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
         snaplen = self._snaplen
         try:
@@ -42,11 +42,11 @@ class Capture:
             self._dirty = True
         except OSError:
             self._snaplen = 0
-            with contextlib.suppress(OSError):  # somebody has removed the file
+            with contextlib.suppress(OSError):  # the file has been removed
                 os.truncate(self.path, _FILE.size)
 
     def flush(self) -> None:
-        """Bring everything into the file (called when the NIC is idle)."""
+        """Write everything to the file (called when the NIC is idle)."""
         if self._dirty:
             self._dirty = False
             try:

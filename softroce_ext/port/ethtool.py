@@ -1,4 +1,4 @@
-"""How fast an interface says it is (SIOCETHTOOL)."""
+"""The speed of an interface (SIOCETHTOOL)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNKNOWN: Final = (0, 0xFFFF, 0xFFFFFFFF)
 
 
 def link_speed(interface: str) -> int | None:
-    """Mbit/s; None when the driver does not know, or says nothing about it, or the interface has gone."""
+    """Return Mbit/s; None when the driver does not know or report it, or the interface has gone."""
     command = ctypes.create_string_buffer(struct.pack("=I", _ETHTOOL_GSET), _COMMAND_BYTES)
     request = struct.pack("=16sQ16x", interface.encode(), ctypes.addressof(command))
     try:

@@ -1,4 +1,4 @@
-"""What an interface is and which IP addresses it has, followed by rtnetlink as Linux's RoCE ports and GID tables do."""
+"""The state and the IP addresses of an interface, followed by rtnetlink as Linux's RoCE ports and GID tables do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 
 
 class InterfaceWatch:
-    """Interface `index`. `read` when `fileno` is readable, `start` once at the beginning."""
+    """Follows interface `index`. Call `start` once at the beginning, and `read` when `fileno` is readable."""
 
     def __init__(
         self,
@@ -34,8 +34,7 @@ class InterfaceWatch:
         removed: Callable[[bytes], None] | None = None,
     ) -> None:
         """link: called with whether the interface is up, whether it has a carrier, and its MTU, when one has changed;
-
-        added, removed: with an address of 4 or 16 bytes (None: addresses are not followed).
+        added, removed: called with an address of 4 or 16 bytes (None: addresses are not followed).
         """
         self._index = index
         self._link = link
@@ -68,7 +67,7 @@ class InterfaceWatch:
             self._socket.settimeout(0)
 
     def read(self) -> None:
-        """Report what has changed."""
+        """Report every change since the last call."""
         try:
             while True:
                 self._receive()
@@ -90,7 +89,7 @@ class InterfaceWatch:
         try:
             data = self._socket.recv(1 << 16)
         except OSError as error:
-            if error.errno == errno.ENOBUFS:  # events were lost: look at everything again
+            if error.errno == errno.ENOBUFS:  # events were lost: query everything again
                 self._ask_link()
                 if self._added is not None:
                     self._ask_addresses()
@@ -123,12 +122,12 @@ class InterfaceWatch:
             return
         if not new:
             self._removed(address)
-        elif not flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED):  # reported again when it is known to be unique
+        elif not flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED):  # reported again once it is known to be unique
             self._added(address)
 
     def _interface(self, new: bool, body: bytes) -> None:
         family, _kind, index, flags, _ = _IFINFOMSG.unpack_from(body)
-        if index != self._index or family != socket.AF_UNSPEC:  # a bridge speaks of its ports by the same messages
+        if index != self._index or family != socket.AF_UNSPEC:  # a bridge reports its ports with the same messages
             return
         mtu = attributes(body[_IFINFOMSG.size :]).get(IFLA_MTU)
         size = struct.unpack("=I", mtu)[0] if mtu else self._known[2] if self._known else 1500

@@ -1,7 +1,7 @@
-"""Which MAC a packet to an IP address goes to: the kernel's routing and neighbour tables, asked by rtnetlink.
+"""The MAC of the next hop to an IP address, from the kernel's routing and neighbour tables by rtnetlink.
 
-The kernel answers a question from its tables at once, so a look-up takes some microseconds and never waits. When the
-neighbour is unknown the kernel is told to ask for it (NTF_USE) and the caller comes back later.
+The kernel answers a query from its tables at once, so a look-up takes some microseconds and never waits. When the
+neighbour is unknown, the kernel is asked to resolve it (NTF_USE) and the caller tries again later.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Neighbours:
         self._socket.settimeout(0.2)
 
     def mac(self, address: bytes) -> bytes | None:
-        """Return the next hop's MAC for an IP address (4 or 16 bytes), or None: not known yet, and being asked for."""
+        """Return the next hop's MAC for an IP address (4 or 16 bytes), or None: not known yet, and being resolved."""
         try:
             return self._mac(address)
-        except OSError:  # no route, the interface is down: the caller asks again until its patience ends
+        except OSError:  # no route, the interface is down: the caller tries again until its timeout
             return None
 
     def _mac(self, address: bytes) -> bytes | None:
@@ -89,7 +89,7 @@ class Neighbours:
         return _NDMSG.pack(family, self._interface, state, flags, 0)
 
     def _next_hop(self, address: bytes) -> bytes | None:
-        """The gateway towards `address`, or the address itself; None when there is no route over our interface."""
+        """The gateway towards `address`, or the address itself; None when there is no route over this interface."""
         message = _RTMSG.pack(_family(address), 8 * len(address), 0, 0, 0, 0, 0, 0, 0) + _attribute(RTA_DST, address)
         message += _attribute(RTA_OIF, struct.pack("=I", self._interface))
         answer = self._ask(RTM_GETROUTE, 0, message)
@@ -107,7 +107,7 @@ class Neighbours:
                 data = self._socket.recv(65536)
                 total, answer, _, sequence, _ = HEADER.unpack_from(data)
                 if sequence != self._sequence:
-                    continue  # the late answer to a question that was given up
+                    continue  # the late answer to a query that timed out
                 payload = data[HEADER.size : total]
                 if answer == NLMSG_ERROR:
                     code = -_ERROR.unpack_from(payload)[0]

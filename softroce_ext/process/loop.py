@@ -198,7 +198,7 @@ class Loop:
         busy = False
         if self._readable:
             frames = port.receive()
-            self._readable = len(frames) == BATCH  # else epoll says when there are more
+            self._readable = len(frames) == BATCH  # else epoll reports when there are more
             busy = True
             self._take(frames, now)
         if self._readable6:

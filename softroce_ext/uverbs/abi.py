@@ -15,7 +15,7 @@ ABI_VERSION: Final = 6
 RXE_ABI_VERSION: Final = 2
 EXTENDED: Final = 0x80000000
 COMMAND_BITS: Final = EXTENDED | 0xFF
-"""What a command's first word may have: its number, and whether it is an extended one."""
+"""The valid bits of a command's first word: its number, and whether it is an extended one."""
 
 
 class Command(IntEnum):
@@ -86,7 +86,7 @@ SIZES: Final[dict[int, tuple[int, int]]] = {
     Command.DESTROY_SRQ: (16, 4),
     Command.CREATE_XSRQ: (48, 16),
 }
-"""The kernel's structures: bytes of a command after its header, bytes of its response; with less it does not begin."""
+"""The kernel's structures: bytes of a command after its header, bytes of its response; with less it is refused."""
 
 HEADER = Struct("<IHH")
 """struct ib_uverbs_cmd_hdr: command, in_words, out_words."""
@@ -124,7 +124,7 @@ _PORT = Struct("<IIIIIHHHBBBBBBBBBBBBBB")
 
 
 def mminfo(ring: Ring | None) -> bytes:
-    """Where the program finds a ring in its device file (zeros: there is none)."""
+    """Return the place of a ring in the program's device file (zeros: there is none)."""
     return MMINFO.pack(ring.offset, ring.size, 0) if ring is not None else bytes(MMINFO.size)
 
 
@@ -181,7 +181,7 @@ def extended_device_attributes(adapter: Adapter) -> bytes:
 
 
 def port_attributes(adapter: Adapter) -> bytes:
-    """struct ib_uverbs_query_port_resp: what the interface is like, in InfiniBand's terms."""
+    """struct ib_uverbs_query_port_resp: the state of the interface in InfiniBand's terms."""
     link = adapter.current_link()
     counters = adapter.engine.counters
     return _PORT.pack(

@@ -3,7 +3,7 @@ the kernel's connection manager, `ports/1/migros` with the NIC's own.
 
 The kernel computes such a file when it is read. Here they are ordinary files, rewritten in place: at most every
 `FRESHNESS` seconds while the NIC works, once more after it became idle, and never while nothing happens. What a reader
-sees is at most `FRESHNESS` seconds old (hw_counters/lifespan says so, in milliseconds, as it does in the kernel).
+sees is at most `FRESHNESS` seconds old (hw_counters/lifespan has that time in milliseconds, as in the kernel).
 
 rxe has no `ports/1/counters` (that folder is for devices that answer performance management MADs), so there is none.
 """

@@ -1,7 +1,7 @@
-"""Removes a folder that belonged to a program, with whatever the program has put there.
+"""Removes a folder that belonged to a program, with everything that the program has put there.
 
-A program can nest folders deeper than Python recurses, deeper than a process may have descriptors, and as deep as no
-path reaches; and those that it leaves behind can exchange a folder for a link while it is being removed.
+A program can nest folders deeper than Python recurses, deeper than a process may have descriptors, and deeper than any
+path reaches; and its children can exchange a folder for a link while it is being removed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 MOST: Final = 1 << 20
-"""Things that one removal looks at: who lives on and makes new ones meanwhile must not keep it for ever."""
+"""Entries that one removal visits, at most: a program that keeps making new ones must not keep it busy."""
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -33,11 +33,11 @@ def remove_tree(path: Path) -> None:
         finally:
             os.close(top)
     with contextlib.suppress(OSError):
-        path.rmdir()  # also where no descriptor was left to look into it: it may be empty
+        path.rmdir()  # also when no descriptor was left to open it: it may be empty
 
 
 def _clear(folder: int, top: int, steps: Iterator[int]) -> bool:
-    """Remove what is in `folder`, or move it up to `top`. Whether anything has gone."""
+    """Remove what is in `folder`, or move it up to `top`. Whether anything was removed or moved."""
     gone = False
     with os.scandir(folder) as entries:
         for _, entry in zip(steps, entries, strict=False):
@@ -51,14 +51,14 @@ def _clear(folder: int, top: int, steps: Iterator[int]) -> bool:
                     os.rmdir(entry.name, dir_fd=top)
                 gone = True
             except (NotADirectoryError, IsADirectoryError):
-                gone = True  # it has become something else: look again
+                gone = True  # it has been replaced meanwhile: try again
             except OSError:
-                continue  # it is in use, or there is no right to it: the others go
+                continue  # it is in use, or not permitted: remove the others
     return gone
 
 
 def _hollow(top: int, name: str, steps: Iterator[int]) -> bool:
-    """Empty the folder `name` of `top`. Whether anything has gone."""
+    """Empty the folder `name` of `top`. Whether anything was removed or moved."""
     inner = os.open(name, _FOLDER, dir_fd=top)
     try:
         return _clear(inner, top, steps)

@@ -163,7 +163,7 @@ class _WorkRing(Ring):
         return (self._index[_PRODUCER] - self._fetched) & self.mask
 
     def dump(self) -> RingImage:
-        """A copy of everything."""
+        """Return a copy of everything."""
         return self._image(self._index[_PRODUCER] & self.mask, self._retired, self._fetched)
 
     def load(self, image: RingImage) -> None:
@@ -285,7 +285,7 @@ class CompletionRing(Ring):
         self._producer = 0
 
     def waiting(self) -> int:
-        """Completions that the program has not taken."""
+        """Return how many completions the program has not taken."""
         return (self._producer - self._index[_CONSUMER]) & self.mask
 
     def move_to(self, other: CompletionRing) -> None:
@@ -298,7 +298,7 @@ class CompletionRing(Ring):
         other._index[_PRODUCER] = other._producer
 
     def dump(self) -> RingImage:
-        """A copy of everything."""
+        """Return a copy of everything."""
         return self._image(self._producer, self._index[_CONSUMER] & self.mask, 0)
 
     def load(self, image: RingImage) -> None:

@@ -1,4 +1,4 @@
-/* bridge.h: what the parts of the preload library share. The library lets stock rdma-core find our NIC where it looks
+/* bridge.h: what the parts of the preload library share. The library lets stock rdma-core find this NIC where it looks
  * for the kernel's.
  *
  * It redirects /dev/infiniband and /sys/class/infiniband* to the NIC's run directory, and carries what a program
@@ -16,11 +16,11 @@
  *
  * Threads: the table of descriptors has one lock, each channel's commands another; a doorbell takes none.
  * Fork: a child inherits descriptors that belong to its parent's memory, so its commands and doorbells fail with EIO
- * (it may open the device itself; a lock that a thread of the parent held is made anew then). A vfork child
- * shares our memory and must not change the table: see shares_memory().
+ * (it may open the device itself; a lock that a thread of the parent held is initialised again then). A vfork child
+ * shares this memory and must not change the table: see shares_memory().
  *
  * Parts: real.c (the C library's own functions, fork), channel.c (opening the device), commands.c (write: commands and
- * doorbells), descriptors.c (close, dup, fcntl), paths.c (whatever takes a path, stat).
+ * doorbells), descriptors.c (close, dup, fcntl), paths.c (functions that take a path, stat).
  */
 #ifndef BRIDGE_H
 #define BRIDGE_H
@@ -38,9 +38,9 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_FD 65536
-#define HIDDEN_FROM 700 /* our own descriptors live from here, out of the way of programs that count theirs */
+#define HIDDEN_FROM 700 /* the bridge's own descriptors start here, away from those that programs count */
 
-/* ---- what NIC and bridge say to each other --------------------------------------------------------------------- */
+/* ---- the protocol between NIC and bridge ------------------------------------------------------------------------ */
 
 /* The control area at the start of `queues`; softroce_ext/uverbs/channel.py has the same numbers. */
 #define CONTROL_BYTES 200704u

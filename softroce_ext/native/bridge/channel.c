@@ -24,7 +24,7 @@ const char *run_directory(void)
 	return run && *run ? run : DEFAULT_RUN;
 }
 
-/* Move a descriptor of ours out of the program's range and mark it. Returns the new number or -1. */
+/* Move a descriptor of the bridge out of the program's range and mark it. Returns the new number or -1. */
 static int hide(int fd)
 {
 	int high;
@@ -78,7 +78,7 @@ ssize_t send_request(struct channel *c, const struct request *head, const void *
 	return sent;
 }
 
-/* Ask the NIC for a context; the answer comes through a FIFO of our making. Returns 0 or an errno. */
+/* Ask the NIC for a context; the answer comes through a FIFO that is made here. Returns 0 or an errno. */
 static int ask_open(struct channel *c, struct opened *answer)
 {
 	static atomic_uint counter;

@@ -11,7 +11,7 @@
 #define EXTENDED 0x80000000u
 #define POST_SEND 28u
 #define REQ_NOTIFY_CQ 23u
-/* rdma_cm's (rdma_ucm_cmd_hdr): a command's body begins with the response pointer, CREATE_ID's has it second. */
+/* rdma_cm's (rdma_ucm_cmd_hdr): a command's body starts with the response pointer, CREATE_ID's has it second. */
 #define CM_CREATE_ID 0u
 #define CM_GET_EVENT 12u
 
@@ -154,7 +154,7 @@ static int ring(struct channel *c, uint32_t handle)
 	return 0;
 }
 
-/* Ask for a completion event. False: there is no such completion queue, the NIC shall say so. */
+/* Ask for a completion event. False: there is no such completion queue, the NIC will say so. */
 static bool arm(struct channel *c, uint32_t handle, bool solicited_only)
 {
 	_Atomic uint8_t *armed;
@@ -188,7 +188,7 @@ static ssize_t cm_command(struct channel *c, int fd, const void *buffer, size_t 
 		result = command(c, buffer, length);
 		if (result >= 0 || operation != CM_GET_EVENT)
 			return result;
-		/* Another thread has closed the descriptor meanwhile: in the kernel this call would go on waiting. */
+		/* Another thread has closed the descriptor meanwhile: in the kernel this call would keep waiting. */
 		if (errno == EIO && !atomic_load(&c->broken) &&
 		    (kind(fd) != DEVICE || channel_of[fd] != c || memcmp(id, c->id, sizeof id)))
 			return pause();
@@ -198,7 +198,7 @@ static ssize_t cm_command(struct channel *c, int fd, const void *buffer, size_t 
 			errno = EAGAIN;
 			return -1;
 		}
-		/* Not poll: a checkpoint would end it with EINTR, this call begins again. */
+		/* Not poll: a checkpoint would end it with EINTR, while this call is restarted. */
 		if (syscall(SYS_ppoll, &wait, 1, NULL, NULL, 0) < 0)
 			return -1;
 	}
@@ -214,7 +214,7 @@ EXPORT ssize_t write(int fd, const void *buffer, size_t length)
 	if (kind(fd) != DEVICE)
 		return real_write(fd, buffer, length);
 	c = channel_of[fd];
-	if (!c) { /* closed since we asked */
+	if (!c) { /* closed since the query */
 		errno = EBADF;
 		return -1;
 	}

@@ -1,4 +1,4 @@
-/* descriptors.c: the program's descriptors of the device are closed and duplicated; ours are kept out of its way. */
+/* descriptors.c: the program closes and duplicates its descriptors of the device; the bridge's own are kept apart. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -33,7 +33,7 @@ EXPORT int close(int fd)
 	return real_close(fd);
 }
 
-/* Before dup2/dup3 onto one of our numbers: move ours away, or give the program's own device up. */
+/* Before dup2/dup3 onto a number of the bridge: move its descriptor away, or give the program's own device up. */
 static void vacate(int target)
 {
 	struct channel *c;
@@ -128,7 +128,7 @@ EXPORT int fcntl(int fd, int request, ...)
 
 EXPORT int fcntl64(int fd, int request, ...) __attribute__((alias("fcntl")));
 
-/* A character device cannot be cut; the tmpfs file behind it could, and the NIC has it mapped. */
+/* A character device cannot be truncated; the tmpfs file behind it can, and the NIC has it mapped. */
 EXPORT int ftruncate(int fd, off_t length)
 {
 	READY();

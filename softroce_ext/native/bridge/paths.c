@@ -1,4 +1,4 @@
-/* paths.c: /dev/infiniband and /sys/class/infiniband* lie below the NIC's run directory, for whatever takes a path. */
+/* paths.c: /dev/infiniband and /sys/class/infiniband* are below the NIC's run directory, for all that takes a path. */
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -133,7 +133,7 @@ static int do_stat(int directory, const char *path, struct stat *out, int flags)
 
 	if (!result && path && !*path && kind(directory) == DEVICE) {
 		c = channel_of[directory];
-		if (!c) { /* closed meanwhile; the answer that we have is about the file behind it */
+		if (!c) { /* closed meanwhile; the answer is about the file behind it */
 			errno = EBADF;
 			return -1;
 		}
@@ -174,7 +174,7 @@ EXPORT int __fxstat64(int version, int fd, struct stat64 *out) { return (void)ve
 EXPORT int socket(int domain, int type, int protocol)
 {
 	READY();
-	/* On a host with the kernel's ib_core, libibverbs would ask it by netlink and never look at our sysfs. */
+	/* On a host with the kernel's ib_core, libibverbs would ask it by netlink and never look at the sysfs picture. */
 	if (domain == AF_NETLINK && protocol == NETLINK_RDMA_) {
 		errno = EPROTONOSUPPORT;
 		return -1;

@@ -1,4 +1,4 @@
-/* real.c: the C library's own functions, found behind ours; whose memory this is, across fork; the table's storage. */
+/* real.c: the C library's own functions behind the bridge's; the owner of this memory, across fork; the table's storage. */
 #include <dlfcn.h>
 
 #include "bridge.h"
