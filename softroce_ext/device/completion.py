@@ -163,6 +163,7 @@ class SharedReceiveQueue(UserObject):
         self,
         ring: ReceiveRing,
         pd: ProtectionDomain,
+        *,
         user_handle: int,
         max_sge: int,
         limit: int,
@@ -208,7 +209,13 @@ class SharedReceiveQueue(UserObject):
         ring = restore.channel.restore_receive_ring(restore.ring(record.ring), record.max_sge, True)
         pd = restore.get(record.pd, ProtectionDomain)
         srq = cls(
-            ring, pd, record.user_handle, record.max_sge, record.limit, record.number, async_fifo=restore.async_fifo
+            ring,
+            pd,
+            user_handle=record.user_handle,
+            max_sge=record.max_sge,
+            limit=record.limit,
+            number=record.number,
+            async_fifo=restore.async_fifo,
         )
         srq.async_events = record.async_events
         return srq

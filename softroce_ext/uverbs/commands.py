@@ -313,7 +313,15 @@ def _new_srq(
     except VerbsError:
         ring.free()
         raise
-    srq = SharedReceiveQueue(ring, pd, user_handle, max_sge, limit, number, context.async_fifo)
+    srq = SharedReceiveQueue(
+        ring,
+        pd,
+        user_handle=user_handle,
+        max_sge=max_sge,
+        limit=limit,
+        number=number,
+        async_fifo=context.async_fifo,
+    )
     context.add(srq)
     srq.enter(adapter)
     # As for queue pairs: the numbers that were asked for; ibv_query_srq has those that fit. srqn exists for XRC only.
