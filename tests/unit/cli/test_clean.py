@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def test_a_process_that_survives_is_a_failure(
     """It was killed and does not die (state D, or no processor time): the exit code says so, and nothing `removed`."""
     survivor = subprocess.Popen(["sleep", "60"])
     start = state.start_time(survivor.pid)
+    while not Path(f"/proc/{survivor.pid}/cmdline").read_bytes().startswith(b"sleep"):
+        time.sleep(0.01)  # it has been forked and has not executed the program yet
     try:
         with monkeypatch.context() as patch:
             patch.setattr(cleanup, "processes", lambda run: {survivor.pid: start})

@@ -105,14 +105,3 @@ def test_no_field_has_more_than_two_writers() -> None:
         for item in fields(kind):
             files = {file for file, names in WRITERS[record].items() if item.name in names}
             assert len(files) + (item.name in own) <= 2, f"{record}.{item.name} is written by {files} and its record"
-
-
-def test_the_transport_has_one_circle_by_type() -> None:
-    """The engine, and the base of its queue pairs, which knows the engine that it is in."""
-    from tests.unit.test_layers import circles, file_graph
-
-    graph = {name: users for name, users in file_graph(with_types=True).items() if ".transport." in name}
-    inside = {name: {user for user in users if user in graph} for name, users in graph.items()}
-    assert [{name.removeprefix("softroce_ext.transport.") for name in circle} for circle in circles(inside)] == [
-        {"engine", "completion", "queue_pair"}
-    ]
