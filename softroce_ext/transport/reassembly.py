@@ -17,6 +17,7 @@ from softroce_ext.wire.headers import (
     NAK_INVALID_REQUEST,
     NAK_REMOTE_ACCESS,
     NAK_REMOTE_OPERATIONAL,
+    PSN_MASK,
     RETH,
     SOLICITED,
     WORD,
@@ -162,7 +163,9 @@ def execute_send(qp: QueuePair, packet: Packet, flags: int, now: float) -> bool:
     imm, wc_flags = 0, 0
     if flags & (_IMM | _INVALIDATE):
         imm, wc_flags = _immediate(qp, packet, flags)
-    receiver.complete_send()
+    receiver.message = 0
+    receiver.msn = receiver.msn + 1 & PSN_MASK
+    receiver.recv_wqe = None
     qp.complete_receive(now, receive, _RECV, offset + length, imm, wc_flags, packet.first_word & SOLICITED != 0)
     return True
 

@@ -12,7 +12,7 @@ from softroce_ext.transport.interfaces import MemoryFault, ProtectionError
 from softroce_ext.transport.rc import movement
 from softroce_ext.transport.rc.connection import Connection
 from softroce_ext.transport.rc.retry import on_late_duplicate_ack, restore_ack_timeout, take_retry
-from softroce_ext.transport.scatter import scatter
+from softroce_ext.transport.scatter import Segment, scatter
 from softroce_ext.transport.state.movement import PAUSED_STATES, RESUMING_STATES, STOPPED_STATES
 from softroce_ext.transport.state.sender import Sender, SendRecord
 from softroce_ext.transport.verbs import READS, WcStatus, WrOpcode
@@ -203,8 +203,12 @@ def _read_response(qp: Connection, packet: Packet, flags: int, now: float) -> No
     ):
         _bad_answer(qp)
         return
-    if payload and not _place(qp, record, offset, payload):
-        return
+    if payload:
+        try:
+            scatter(qp.read_segments if qp.read_record is record else _resolve(qp, record), offset, payload)
+        except (ProtectionError, MemoryFault):
+            qp.fail_oldest(WcStatus.LOC_PROT_ERR)
+            return
     sender.una_psn = psn + 1 & PSN_MASK
     if last:
         qp.retire_oldest(now)
@@ -229,25 +233,21 @@ def _atomic_answer(qp: Connection, packet: Packet, kind: int, now: float) -> Non
         _bad_answer(qp)
         return
     _, original = AETH_ATOMIC.unpack_from(packet.raw, packet.headers_at)
-    if not _place(qp, record, 0, memoryview(original.to_bytes(8, "little"))):
+    try:
+        scatter(_resolve(qp, record), 0, memoryview(original.to_bytes(8, "little")))
+    except (ProtectionError, MemoryFault):
+        qp.fail_oldest(WcStatus.LOC_PROT_ERR)
         return
     qp.sender.una_psn = packet.psn + 1 & PSN_MASK
     qp.retire_oldest(now)
     progress(qp, now)
 
 
-def _place(qp: Connection, record: SendRecord, offset: int, payload: memoryview) -> bool:
-    """HOT. Write answered data to the request's elements. False (and the request failed) when that is not allowed."""
-    try:
-        segments = qp.read_segments
-        if segments is None or qp.read_record is not record:
-            segments = qp.read_segments = qp.resolve_for_writing(record.wqe.sges, False)
-            qp.read_record = record
-        scatter(segments, offset, payload)
-    except (ProtectionError, MemoryFault):
-        qp.fail_oldest(WcStatus.LOC_PROT_ERR)
-        return False
-    return True
+def _resolve(qp: Connection, record: SendRecord) -> list[Segment]:
+    """Where answered data go; kept for the other responses of the batch. Raises ProtectionError."""
+    qp.read_segments = qp.resolve_for_writing(record.wqe.sges, False)
+    qp.read_record = record
+    return qp.read_segments
 
 
 def _bad_answer(qp: Connection) -> None:

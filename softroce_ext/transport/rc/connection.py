@@ -55,7 +55,7 @@ class Connection(QueuePair):
         """Packets of this batch are to be acknowledged."""
         self.held: list[bytes] = []
         """Frames that wait until earlier READs have been answered (`in_order`)."""
-        self.read_segments: list[Segment] | None = None
+        self.read_segments: list[Segment] = []
         self.read_record: SendRecord | None = None
         """Where a READ's responses go, once it was resolved in this batch; and which READ that is."""
         self.ack_timeout: float | None = None
@@ -87,7 +87,7 @@ class Connection(QueuePair):
 
     def forget_targets(self) -> None:
         super().forget_targets()
-        self.read_segments = None
+        self.read_segments = []
         self.read_record = None
 
     def reset(self) -> None:

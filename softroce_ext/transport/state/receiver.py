@@ -101,12 +101,6 @@ class Receiver:
         self.message = 0
         self.msn = self.msn + 1 & PSN_MASK
 
-    def complete_send(self) -> None:
-        """HOT. As `complete_message`, of a SEND: its receive is in use no longer."""
-        self.message = 0
-        self.msn = self.msn + 1 & PSN_MASK
-        self.recv_wqe = None
-
     def next_msn(self) -> int:
         """Count a READ, an atomic or a message that failed as it completed; returns its MSN."""
         self.msn = self.msn + 1 & PSN_MASK

@@ -28,7 +28,7 @@ WRITERS: dict[str, dict[str, set[str]]] = {
     },
     "receiver": {
         "transport/reassembly.py": {
-            "message", "write_address", "write_rkey", "write_left", "write_length", "recv_wqe", "recv_offset",
+            "message", "msn", "write_address", "write_rkey", "write_left", "write_length", "recv_wqe", "recv_offset",
         },
         "transport/rc/responder.py": {"expected_psn", "nak_sent"},
         "transport/rc/answers.py": {"answers"},
