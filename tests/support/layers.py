@@ -1,7 +1,7 @@
 """The architecture as one table, and the imports of every file of the product.
 
-`MAY_IMPORT` says which rooms a room may import. The docstring of each package quotes its row, docs/architecture.md shows it,
-and tests/unit/test_layers.py compares it with the imports.
+`MAY_IMPORT` says which rooms a room may import. The docstring of each package quotes its row, docs/architecture.md
+shows all of it, and tests/unit/test_layers.py compares it with the imports.
 """
 
 from __future__ import annotations
