@@ -67,9 +67,9 @@ class CompletionQueue(UserObject):
         self.async_events = 0
 
     def push(self, completion: WorkCompletion) -> bool:
-        """HOT. Publish a completion; tell the program when it asked to be told. False: the queue was full.
+        """HOT. Publish a completion, and an event if the program asked for one. False: the queue was full.
 
-        Each completion that is lost so is a CQ_ERR event.
+        Each completion that is lost because of that causes a CQ_ERR event.
         """
         if not self.ring.push(completion):
             if self.async_fifo.post(ASYNC_EVENT.pack(self.user_handle, QpEvent.CQ_ERR, 0)):

@@ -33,7 +33,7 @@ UNAFFILIATED: Final = frozenset(
 """Events of the port or device; their element is a port number, not a user handle."""
 
 SWEEP_AT: Final = 16
-"""Completion channels that a user context may have before those that the program closed are looked for."""
+"""Completion channels that a user context may have before a sweep removes those that the program closed."""
 
 
 class UserContext(Opening):
@@ -49,7 +49,7 @@ class UserContext(Opening):
         self.comp_channels: dict[tuple[int, int], CompletionChannel] = {}
         self.async_fifo: EventFifo | None = None
         self.awake = False
-        """The loop looks at its queues in every round, so the program need not ring the doorbell."""
+        """The loop visits its queues in every round, so the program need not ring the doorbell."""
         self.sweep_at = SWEEP_AT
 
     def check_room(self) -> None:

@@ -289,7 +289,7 @@ class FileChannel:
     def silence_doorbell(self) -> None:
         """The doorbell's FIFO became readable: drain it.
 
-        Order matters: drain, clear `pending`, then look at queues. Were `pending` cleared first, a byte written in
+        Order matters: drain, clear `pending`, then visit the queues. Were `pending` cleared first, a byte written in
         between would be drained while `pending` stays set, and the NIC would sleep.
         """
         try:
