@@ -31,8 +31,7 @@ class Incoming:
     def _take(self, packet: Packet, message: m.Message, now: float) -> None:
         cm = self._cm
         cm.count("rx_msgs", message.kind)
-        half = len(packet.addresses) // 2
-        source, destination = bytes(packet.addresses[:half]), bytes(packet.addresses[half:])
+        source, destination = bytes(packet.source_ip), bytes(packet.destination_ip)
         reply_path = Path(cm.adapter.mac, bytes(packet.source_mac), destination, source, 0)
         connection = cm.connections.find(message, source)
         if connection is not None and connection.owner is not None and connection.owner.queue.held_at is not None:

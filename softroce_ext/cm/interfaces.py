@@ -54,8 +54,12 @@ class Packet(Protocol):
     """What came with a MAD (`wire.frame.Packet`)."""
 
     @property
-    def addresses(self) -> bytes:
-        """Source then destination IP address (4 + 4 or 16 + 16 bytes)."""
+    def source_ip(self) -> bytes:
+        """4 or 16 bytes."""
+
+    @property
+    def destination_ip(self) -> bytes:
+        """4 or 16 bytes."""
 
     @property
     def source_mac(self) -> bytes:

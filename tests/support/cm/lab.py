@@ -39,7 +39,7 @@ class Lab:
         assert self.told >= 0
 
     def mad(self, mad: bytes, source: bytes = THERE) -> None:
-        packet = SimpleNamespace(addresses=source + HERE, source_mac=MAC)
+        packet = SimpleNamespace(source_ip=source, destination_ip=HERE, source_mac=MAC)
         self.cm.incoming.on_mad(packet, 1, memoryview(mad), 0.0)
 
     def command(self, number: int, body: bytes, room: int = 400) -> bytes:

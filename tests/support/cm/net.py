@@ -125,7 +125,9 @@ class Net:
             path, mad = self.wire.pop(0)
             place = self.places.get(path.destination_ip)
             if place is not None:
-                packet = SimpleNamespace(addresses=path.source_ip + path.destination_ip, source_mac=path.source_mac)
+                packet = SimpleNamespace(
+                    source_ip=path.source_ip, destination_ip=path.destination_ip, source_mac=path.source_mac
+                )
                 place.cm.incoming.on_mad(packet, 1, memoryview(mad), self.now)
 
     def pass_time(self, seconds: float, *nics: Nic) -> None:
