@@ -20,7 +20,8 @@ DOCUMENTS = [
 PACKAGES = ("softroce_ext", "testbed")
 
 FULL_PATH = re.compile(r"(?<![\w./-])(?:softroce_ext|testbed|tests|docs)/[\w./-]*\w")
-SHORT_PATH = re.compile(r"`([\w-]+(?:/[\w.-]+)+\.(?:py|c|h))`")
+SHORT_PATH = re.compile(r"`((?!rdma/)[\w-]+(?:/[\w.-]+)+\.(?:py|c|h))`")
+"""Not `rdma/…`: those are the kernel's headers."""
 DOTTED = re.compile(r"(?<![\w./-])(?:softroce_ext|testbed|tests)(?:\.[A-Za-z_]\w*)+")
 
 
