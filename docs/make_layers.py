@@ -1,4 +1,4 @@
-"""Write the rooms' diagram and table into docs/architecture.md, from `MAY_IMPORT` in tests/unit/test_layers.py.
+"""Write the rooms' diagram and table into docs/architecture.md, from `tests.support.layers.MAY_IMPORT`.
 
 Run `PYTHONPATH=. python docs/make_layers.py` after the table or the first line of a package's docstring changed;
 tests/unit/docs/test_layers_drawn.py compares the document with it.
@@ -10,8 +10,9 @@ import ast
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.support.layers import MAY_IMPORT
+
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "tests" / "unit" / "test_layers.py"
 TARGET = ROOT / "docs" / "architecture.md"
 BEGIN = "<!-- begin: written by docs/make_layers.py, do not edit -->"
 END = "<!-- end: written by docs/make_layers.py -->"
@@ -20,15 +21,6 @@ Table = Mapping[str, tuple[str, ...]]
 
 PROGRAMS = {"softroce_ext": "the NIC (softroce_ext)", "testbed": "the testbed (testbed)"}
 """The two top packages, in the order in which they are drawn, and their captions."""
-
-
-def may_import() -> Table:
-    """Return `MAY_IMPORT` as `SOURCE` has it. It is read, not imported: nothing imports a module of tests."""
-    for node in ast.parse(SOURCE.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MAY_IMPORT" and node.value is not None:
-            table: Table = ast.literal_eval(node.value)
-            return table
-    raise SystemExit(f"{SOURCE}: no table MAY_IMPORT; expected an annotated assignment of a dictionary of literals")
 
 
 def direct(table: Table) -> list[tuple[str, str]]:
@@ -87,8 +79,7 @@ def document(text: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{TARGET}: the markers are missing; expected a line {BEGIN!r} and a line {END!r} after it")
-    table = may_import()
-    return f"{before}{BEGIN}\n\n{diagram(table)}\n\n{rows(table)}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{diagram(MAY_IMPORT)}\n\n{rows(MAY_IMPORT)}\n\n{END}{after}"
 
 
 if __name__ == "__main__":

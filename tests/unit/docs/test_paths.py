@@ -91,6 +91,6 @@ def test_what_exists_is_not_found() -> None:
     text = (
         "`process/loop.py` in `softroce_ext/`, tests/unit/test_layers.py, `native/bridge/bridge.h`; "
         "`python -m softroce_ext.simulation`, `softroce_ext.control.ControlClient(path).call('status')`, "
-        "testbed.migration.move.Move.run, tests.unit.test_layers.MAY_IMPORT"
+        "testbed.migration.move.Move.run, tests.support.layers.MAY_IMPORT"
     )
     assert missing_paths(text) == missing_names(text) == []
