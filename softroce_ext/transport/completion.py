@@ -7,7 +7,7 @@ published by the engine at the end of a batch, after the batch's data have been 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from softroce_ext.transport.interfaces import (
     CompletionQueue,
@@ -67,18 +67,6 @@ _new: Any = tuple.__new__
 
 FLUSH_LIMIT = 1024
 """Work requests of one queue that one turn flushes."""
-
-
-class PendingCompletion(NamedTuple):
-    """A completion that waits until its batch's data are in memory."""
-
-    queue_pair: WorkQueues
-    cq: CompletionQueue
-    completion: WorkCompletion
-    psn: int
-    """Of a received message: the PSN of its last packet."""
-    msn: int
-    """Of a received message: its MSN."""
 
 
 class WorkQueues(ABC):
@@ -221,7 +209,7 @@ class WorkQueues(ABC):
                 WorkCompletion,
                 (wqe.wr_id, 0, COMPLETION_OPCODE[opcode], byte_len, 0, attributes.qpn, 0, wc_flags, False),
             )
-            self.engine.completions.append(_new(PendingCompletion, (self, self.send_cq, completion, 0, 0)))
+            self.engine.completions.append((self, self.send_cq, completion, 0, 0))
 
     def complete_receive(
         self,
@@ -253,9 +241,7 @@ class WorkQueues(ABC):
                 receive.wr_id, 0, opcode, byte_len, imm, attributes.qpn, source_qpn, wc_flags | _GRH_FLAG, solicited,
             ),
         )  # fmt: skip
-        self.engine.completions.append(
-            _new(PendingCompletion, (self, self.recv_cq, completion, receiver.expected_psn, receiver.msn))
-        )
+        self.engine.completions.append((self, self.recv_cq, completion, receiver.expected_psn, receiver.msn))
 
     def check_drained(self) -> None:
         """SQD: report that the last request which was started is complete."""
@@ -345,4 +331,9 @@ class WorkQueues(ABC):
 
     def _push_failed(self, cq: CompletionQueue, wr_id: int, status: int) -> None:
         completion = WorkCompletion(wr_id, int(status), _FAILED, 0, 0, self.attributes.qpn, 0, 0, solicited=True)
-        self.engine.completions.append(PendingCompletion(self, cq, completion, 0, 0))
+        self.engine.completions.append((self, cq, completion, 0, 0))
+
+
+PendingCompletion = tuple[WorkQueues, CompletionQueue, WorkCompletion, int, int]
+"""A completion that waits until its batch's data are in memory: its queue pair, its queue, the completion, and of a
+received message the PSN of its last packet and its MSN (else 0). A plain tuple, because there is one per message."""

@@ -131,7 +131,7 @@ class Engine:
             qp.touched = False
             self.touched.remove(qp)
         qp.forget_held()
-        self.completions = [entry for entry in self.completions if entry.queue_pair is not qp]
+        self.completions = [entry for entry in self.completions if entry[0] is not qp]
         if self.observer is not None:
             self.observer.removed(qpn)
 
@@ -282,8 +282,8 @@ class Engine:
         while self.completions:
             completions, self.completions = self.completions, []
             if self.observer is not None:
-                for entry in completions:
-                    self.observer.completed(entry.queue_pair.qpn, entry.completion)
+                for qp, _, completion, _, _ in completions:
+                    self.observer.completed(qp.qpn, completion)
             for qp, cq, completion, psn, msn in completions:
                 if (
                     not cq.push(completion)
@@ -308,13 +308,12 @@ class Engine:
         """What this batch's data would have completed fails, since they could not be stored."""
         failed: set[bool] = set()
         completions, self.completions = self.completions, []
-        for entry in completions:
-            completion = entry.completion
-            if entry.queue_pair is qp and completion.status == WcStatus.SUCCESS:
+        for owner, cq, completion, psn, msn in completions:
+            if owner is qp and completion.status == WcStatus.SUCCESS:
                 received = completion.opcode >= _RECEIVE_OPCODES
                 if received in failed:
                     completion = completion._replace(status=int(WcStatus.WR_FLUSH_ERR))
                 elif received or completion.opcode in _READ_AND_ATOMICS:
                     failed.add(received)
                     completion = completion._replace(status=int(WcStatus.LOC_PROT_ERR))
-            self.completions.append(entry._replace(completion=completion))
+            self.completions.append((owner, cq, completion, psn, msn))
