@@ -6,4 +6,4 @@ import; `tests/unit/test_layers.py` checks that. The testbed uses the NIC's mana
 of verbs; the NIC never imports the testbed.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 
+from testbed import __version__
 from testbed.base.errors import BadInput, Exit
 from testbed.cli import clean, diagram, doctor, run, schema, status, trace, validate
 
@@ -20,6 +21,23 @@ _app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"testbed {__version__}")
+        raise typer.Exit
+
+
+@_app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Transparent live migration of running RDMA programs between virtual hosts, on one machine."""
+
+
 for _verb in (
     run.run,
     validate.validate,
