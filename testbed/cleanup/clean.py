@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from testbed.cleanup.state import FACT, KINDS, RUN_VARIABLE, Run, call, exists, mounts, start_time
+from testbed.cleanup.state import FACT, KINDS, PROCESSES, RUN_VARIABLE, Run, call, exists, mounts, start_time
 
 SURVIVED: Final = "it was killed and is still there"
 
@@ -45,7 +45,7 @@ def clean(run: Run) -> list[Removal]:
     gone is passed over, and the state file stays while anything is left.
     """
     removals = _end_processes(run)
-    for kind in KINDS[2:]:
+    for kind in (kind for kind in KINDS if kind not in PROCESSES):
         for entry in reversed(run.entries):
             if entry["kind"] != kind:
                 continue
@@ -54,7 +54,7 @@ def clean(run: Run) -> list[Removal]:
                 continue
             problem = _remove(kind, what)
             if problem is not None and not exists(kind, what):
-                continue  # the kernel removed it meanwhile: it takes a dead namespace's links away when it likes
+                continue  # the kernel removed it meanwhile, as it does with a dead namespace's links
             removals.append(Removal(kind, what, problem))
     if all(removal.problem is None for removal in removals):
         shutil.rmtree(run.directory, ignore_errors=True)
@@ -154,9 +154,7 @@ def _recorded(run: Run) -> dict[int, int]:
     return {
         entry["pid"]: entry["start"]
         for entry in run.entries
-        if entry["kind"] in ("process", "host")
-        and entry.get("start") is not None
-        and start_time(entry["pid"]) == entry["start"]
+        if entry["kind"] in PROCESSES and entry.get("start") is not None and start_time(entry["pid"]) == entry["start"]
     }
 
 

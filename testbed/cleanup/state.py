@@ -1,9 +1,8 @@
-"""What a run has made on this machine, written down before it is made, so that `testbed clean` can take it away.
+"""What a run has made on this machine, written down before it is made, so that `testbed clean` can remove it.
 
-One folder per run, `/run/migros-testbed/<run-id>/`, with the file `state` in it: JSON lines, appended by one `write`
-each, so that the harness and its agents can write to the same file. The first line names the owner (pid and start
-time). Every further line is one thing that is about to exist. A killed run leaves the file behind, and the file says
-what to remove: exactly that, nothing found by a name pattern.
+One folder per run, `/run/migros-testbed/<run-id>/`, with the file `state` in it: JSON lines, each appended by one
+`write`. The first line names the owner (pid and start time). Every further line is one thing that is about to exist. A
+killed run leaves the file behind, and the file says what to remove: exactly that, nothing found by a name pattern.
 
 Three rules keep other people's things safe:
 
@@ -32,9 +31,11 @@ from testbed.base.errors import EnvironmentProblem
 BASE: Final = Path("/run/migros-testbed")
 RUN_VARIABLE: Final = "MIGROS_TESTBED_RUN"
 YOUNG: Final = 5.0
-"""Seconds within which a folder without a state file may belong to a run that is just beginning."""
+"""Seconds within which a folder without a state file may belong to a run that is just starting."""
 KINDS: Final = ("process", "host", "mount", "link", "ovs_bridge", "netns", "cgroup", "file", "directory")
 """Everything that can be recorded, in the order in which it is removed (newest first within one kind)."""
+PROCESSES: Final = ("process", "host")
+"""The kinds that are processes: they are ended, all else is removed."""
 
 FACT: Final = {
     "process": "pid",
@@ -60,7 +61,7 @@ def start_time(pid: int) -> int | None:
 
 
 class RunState:
-    """The state file of one run. `create` in the harness, `attach` in an agent, then `record` before each creation."""
+    """The state file of one run: `create` it, then `record` each thing before it is created."""
 
     def __init__(self, run_id: str, base: Path = BASE) -> None:
         self.run_id = run_id
@@ -70,32 +71,23 @@ class RunState:
 
     @classmethod
     def create(cls, run_id: str, base: Path = BASE) -> RunState:
-        """A new run owned by this process. Also marks this process's environment, which all its children inherit."""
+        """Start a run owned by this process. Also marks this process's environment, which all its children inherit."""
         state = cls(run_id, base)
         try:
             state.directory.mkdir(parents=True, mode=0o755)
         except PermissionError as error:
             raise EnvironmentProblem(
-                f"cannot write to {base}", hint="the testbed makes network namespaces: run it as root (sudo)"
+                f"cannot write to {base}", hint="the testbed creates network namespaces: run it as root (sudo)"
             ) from error
         state._append({"kind": "run", "run_id": run_id, "pid": os.getpid(), "start": start_time(os.getpid())})
         os.environ[RUN_VARIABLE] = run_id
         return state
 
-    @classmethod
-    def attach(cls, run_id: str | None = None, base: Path = BASE) -> RunState:
-        """The state of a run that the harness has created; by default the one named in this process's environment."""
-        name = run_id or os.environ.get(RUN_VARIABLE, "")
-        state = cls(name, base)
-        if not name or not state.file.exists():
-            raise EnvironmentProblem(f"no run {name!r} under {base}", hint="agents are started by `testbed run` only")
-        return state
-
     def record(self, kind: str, **facts: Any) -> str:
-        """Write down one thing that is about to be made; gives a token for `forget`.
+        """Write down one thing that is about to be made; returns a token for `forget`.
 
         process     pid (its start time is read here); recorded right after the fork
-        host        pid of a Mininet host's shell; all that lives in its network namespace goes with it
+        host        pid of a Mininet host's shell; every process in its network namespace is ended with it
         link        name of an interface of the root namespace
         netns       name, of `ip netns`
         ovs_bridge  name
@@ -110,7 +102,7 @@ class RunState:
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
         fact = facts[FACT[kind]]
-        if kind in ("process", "host"):
+        if kind in PROCESSES:
             facts.setdefault("start", start_time(int(fact)))
         elif kind in ("file", "directory"):
             facts["existed"] = os.path.lexists(fact)
@@ -132,11 +124,11 @@ class RunState:
         return token
 
     def forget(self, token: str) -> None:
-        """The thing behind `token` has been removed by its maker."""
+        """Note that the thing behind `token` has been removed by its maker."""
         self._append({"forget": token})
 
     def close(self) -> None:
-        """The run has removed everything itself: the state goes too."""
+        """Remove the state: the run has removed everything itself."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -230,7 +222,7 @@ def bridge_exists(name: str, patience: int = 30) -> bool | None:
 
 
 def call(*argv: str) -> str | None:
-    """Run a program; None if it succeeded, else what it complained about."""
+    """Run a program; None if it succeeded, else its error message."""
     result = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
     if result.returncode == 0:
         return None

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import ipaddress
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -301,13 +301,6 @@ def side_by_side(*moves: Sequence[Stage]) -> list[Stage]:
     ]
 
 
-def carry_out(table: RouteTable, stages: Sequence[Stage], send: Callable[[Stage], None]) -> None:
-    """The contract between table and sender in its simplest form: send a stage, confirm it, and continue."""
-    for stage in stages:
-        send(stage)
-        table.confirm(stage)
-
-
 __all__ = [
     "Change",
     "FabricError",
@@ -315,7 +308,6 @@ __all__ = [
     "RouteError",
     "RouteTable",
     "Stage",
-    "carry_out",
     "shortest_steps",
     "side_by_side",
 ]

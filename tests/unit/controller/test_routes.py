@@ -14,7 +14,7 @@ Invariants, checked with a forwarding table of the test's own (not with the code
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import networkx as nx
 import pytest
@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.controller.fabric import Attachment, Fabric, FabricError, Trunk
-from testbed.controller.routes import Change, Flow, RouteError, RouteTable, Stage, carry_out, side_by_side
+from testbed.controller.routes import Change, Flow, RouteError, RouteTable, Stage, side_by_side
 
 ADDRESS = "10.0.0.1"
 
@@ -42,6 +42,13 @@ def fabric_of(graph: nx.Graph, places: list[int]) -> Fabric:
     trunks = tuple(Trunk(f"s{a}", take(a), f"s{b}", take(b)) for a, b in graph.edges)
     addresses = {f"10.0.0.{k}": f"h{k}" for k in range(1, len(places) + 1)}
     return Fabric({f"s{node}": node + 1 for node in graph}, hosts, trunks, addresses)
+
+
+def carry_out(table: RouteTable, stages: Sequence[Stage], send: Callable[[Stage], None]) -> None:
+    """Send one stage, confirm it, and continue with the next: what a sender must do at least."""
+    for stage in stages:
+        send(stage)
+        table.confirm(stage)
 
 
 @st.composite

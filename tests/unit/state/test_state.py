@@ -94,14 +94,11 @@ def test_run_without_a_first_line_is_given_time_to_write_it(tmp_path: Path) -> N
     assert not state.read(folder).alive
 
 
-def test_agents_write_to_the_same_file(tmp_path: Path) -> None:
+def test_a_run_marks_its_environment(tmp_path: Path) -> None:
     RunState.create(R1, tmp_path)
     assert os.environ[RUN_VARIABLE] == R1
-    other = RunState.attach(base=tmp_path)
-    other.record("file", path=tmp_path / "b")
-    assert len(state.read(tmp_path / R1).entries) == 1
-    with pytest.raises(EnvironmentProblem, match=f"no run '{R2}'"):
-        RunState.attach(R2, tmp_path)
+    RunState(R1, tmp_path).record("file", path=tmp_path / "b")
+    assert len(state.read(tmp_path / R1).entries) == 1, "every object of this name appends to the same file"
 
 
 def test_two_runs_cannot_have_one_name(tmp_path: Path) -> None:
