@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from testbed.base.errors import EnvironmentProblem
+from testbed.checkpoint import criu_log
 
 PREFIX = Path("/var/lib/migros-testbed/criu")
 MINIMUM = (4, 2)
@@ -86,8 +87,8 @@ def check(command: list[str], minimum: tuple[int, ...] = MINIMUM) -> tuple[int, 
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EnvironmentProblem(f"`criu check` cannot be run: {error}", where=where) from error
     if answer.returncode != 0:
-        lines = (answer.stderr or answer.stdout).strip().splitlines()
-        reason = next((line for line in lines if "Error" in line), lines[-1] if lines else "no reason given")
+        said = answer.stderr or answer.stdout
+        reason = criu_log.summary(criu_log.parse(said), (said.strip().splitlines() or ["no reason given"])[-1])
         raise EnvironmentProblem(f"`criu check` fails on this kernel: {reason}", where=where)
     return version
 

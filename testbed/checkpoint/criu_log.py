@@ -1,4 +1,4 @@
-"""The errors in a CRIU log, as records. CRIU's command line reports failures nowhere else."""
+"""The errors that CRIU logs, as records. Its command line reports them in no other form."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def errors(log: Path) -> tuple[LogError, ...]:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ()
+    return parse(text)
+
+
+def parse(text: str) -> tuple[LogError, ...]:
+    """The errors in what CRIU logged or printed, in order, without harmless ones."""
     found = [(match[1], match[2].strip()) for match in map(_ERROR.search, text.splitlines()) if match]
     return tuple(
         LogError(place, text, _NUMBERS.get(text.rpartition(": ")[2]))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from testbed.base.errors import EnvironmentProblem, RunFailed
+from testbed.base.errors import EnvironmentProblem, Exit, RunFailed
 from testbed.cleanup.child import Child
 from testbed.cleanup.state import RunState
 from testbed.controller.datapath import DATAPATHS, control_socket
@@ -77,7 +77,7 @@ class ControllerProcess:
         code = self._child.process.wait()
         last = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
         self.stop()
-        if code == 3:
+        if code == Exit.ENVIRONMENT:
             raise EnvironmentProblem(last[0].strip(), where="controller", hint=f"see {self.log}")
         raise RunFailed(f"ended with code {code}: {last[0]}", where="controller", hint=f"see {self.log}")
 

@@ -153,7 +153,7 @@ class Applications:
                 for name in event["apps"]:
                     if name in self.all and self.all[name].host == host:
                         self.all[name].lost_nic = float(event["t"])
-        elif event["event"] == "agent_gone" and event["reason"] != "closed":
+        elif event["event"] == "agent_gone" and not event["expected"]:
             with self._changed:
                 lost = [name for name, app in self.all.items() if app.host == host and app.running]
             for name in lost:

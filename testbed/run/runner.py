@@ -24,8 +24,9 @@ from testbed.base.errors import BadInput, EnvironmentProblem, Interrupted, Testb
 from testbed.checkpoint import criu_binary
 from testbed.cleanup.state import RunState, read, runs
 from testbed.lab.applications import Applications
-from testbed.lab.hosts import Address, Host, connect_all
+from testbed.lab.hosts import Host, connect_all
 from testbed.lab.session import Session
+from testbed.lab.transport import Address
 from testbed.network import Network, fixtures
 from testbed.record import summary as report
 from testbed.record import versions
@@ -244,7 +245,7 @@ class _Run:
             self.folder.event("counters", at=event["t"], host=host, counters=event["counters"])
         elif name == "nic_ended":
             self._problem(f"{host}", f"its NIC ended with {event['code']}", event.get("log") or None)
-        elif name == "agent_gone" and event["reason"] != "closed":
+        elif name == "agent_gone" and not event["expected"]:
             self._problem(f"{host}", f"its agent has gone: {event['reason']}")
         session.apps.on_event(host, event)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from testbed.base.errors import BadInput, Problem, TopologyError
@@ -152,9 +154,9 @@ def _from_pydantic(detail: ErrorDetails) -> Problem:
     elif kind == "missing":
         message = "required key is missing"
     elif kind == "literal_error":
-        allowed_values = context["expected"].replace("'", "").replace(" or ", ", ")
-        near = difflib.get_close_matches(str(detail["input"]), allowed_values.split(", "), 1)
-        message, hint = f"invalid value; allowed: {allowed_values}", f"did you mean {near[0]}?" if near else None
+        values = [str(value) for value in _literals(_section(detail["loc"][:-1]).model_fields[str(detail["loc"][-1])])]
+        near = difflib.get_close_matches(str(detail["input"]), values, 1)
+        message, hint = f"invalid value; allowed: {', '.join(values)}", f"did you mean {near[0]}?" if near else None
     elif kind in _MESSAGES:
         message = _MESSAGES[kind].format(**context)
     return Problem(path, message, value, hint)
@@ -167,6 +169,17 @@ def _section(location: tuple[int | str, ...]) -> type[Section]:
     by_last: dict[int | str, type[Section]] = {"nic": Nic, "impair": Impair, "report": Report}
     by_first: dict[int | str, type[Section]] = {"hosts": Host, "links": Link, "apps": App, "migrations": Migration}
     return by_first[location[0]] if len(location) == 2 else by_last[location[-1]]
+
+
+def _literals(field: FieldInfo) -> Iterator[Any]:
+    """The values that a field allows: those of the Literal in its annotation."""
+    open_annotations = [field.annotation]
+    while open_annotations:
+        annotation = open_annotations.pop()
+        if get_origin(annotation) is Literal:
+            yield from get_args(annotation)
+        else:
+            open_annotations += get_args(annotation)
 
 
 _MESSAGES = {

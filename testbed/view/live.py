@@ -59,6 +59,8 @@ class AppState:
     host: str
     ended: str | None = None
     """`code 0` or `signal 9`, for example; None while it runs."""
+    good: bool = True
+    """It runs, or has ended with code 0."""
 
 
 @dataclass
@@ -101,7 +103,7 @@ class RunState:
             case "app_moved":
                 self.apps[event["app"]] = AppState(event["to_host"])
             case "app_exited":
-                self.apps[event["app"]] = AppState(event["host"], _ended(event))
+                self.apps[event["app"]] = AppState(event["host"], _ended(event), event.get("code") == 0)
             case "migration_started":
                 title = f"{event['app']} {event['from_host']} → {event['to_host']}"
                 self.migrations[event["index"]] = MigrationState(title, event["t"])
@@ -191,8 +193,7 @@ def _table(*columns: tuple[str, bool]) -> Table:
 def _apps(state: RunState) -> Table:
     table = _table(("application", False), ("on", False), ("", False))
     for name, app in state.apps.items():
-        good = app.ended in (None, "code 0")
-        table.add_row(name, app.host, Text(app.ended or "runs", style="green" if good else "bold red"))
+        table.add_row(name, app.host, Text(app.ended or "runs", style="green" if app.good else "bold red"))
     return table
 
 

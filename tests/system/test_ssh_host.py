@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 from testbed.base.errors import EnvironmentProblem, RunFailed
-from testbed.lab.hosts import Address, Host, connect_all
+from testbed.lab.hosts import Host, connect_all
+from testbed.lab.transport import Address
 from testbed.network.ssh import configuration, make_keys
 
 pytestmark = pytest.mark.system

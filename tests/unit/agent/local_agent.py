@@ -11,7 +11,7 @@ from testbed.agent.channel import ChannelClosed
 
 
 class LocalTransport:
-    """`python -m testbed.agent` as a child; see testbed.lab.hosts.Transport."""
+    """`python -m testbed.agent` as a child; see testbed.lab.transport.Transport."""
 
     def __init__(self, argv: list[str]) -> None:
         self.process = subprocess.Popen(

@@ -144,7 +144,7 @@ def test_one_that_moved_to_a_host_whose_agent_has_gone_has_ended(world: Any) -> 
     w = world("{a: {host: h1, command: x}}")
     w.apps.start_all()
     w.hosts["h2"].alive = False
-    w.apps.on_event("h2", {"event": "agent_gone", "reason": "killed", "t": time.monotonic()})
+    w.apps.on_event("h2", {"event": "agent_gone", "reason": "killed", "expected": False, "t": time.monotonic()})
     assert w.apps.all["a"].running
     w.apps.moved("a", "h2")
     assert not w.apps.all["a"].running and w.apps.all["a"].host == "h2"
@@ -154,7 +154,9 @@ def test_lost_agent_takes_its_own_programs_only(world: Any) -> None:
     w = world("{a: {host: h1, command: x}, b: {host: h2, command: x}, c: {host: h1, command: x}}")
     w.apps.start_all()
     w.apps.moved("c", "h3")
-    w.apps.on_event("h1", {"event": "agent_gone", "reason": "its process ended", "t": time.monotonic()})
+    # Whether the end was expected is a field, not a word of the reason.
+    w.apps.on_event("h2", {"event": "agent_gone", "reason": "it ended", "expected": True, "t": time.monotonic()})
+    w.apps.on_event("h1", {"event": "agent_gone", "reason": "closed", "expected": False, "t": time.monotonic()})
     assert {name: app.running for name, app in w.apps.all.items()} == {"a": False, "b": True, "c": True}
     assert w.apps.all["a"].signal == 9
 

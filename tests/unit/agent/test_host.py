@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import os
 import signal
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from testbed.base.errors import BadInput, EnvironmentProblem, RunFailed
-from testbed.lab.hosts import Address, Host
+from testbed.lab.hosts import Host
+from testbed.lab.transport import Address
 from tests.unit.agent.local_agent import LocalTransport, agent_argv
 
 Fixture = tuple[Host, LocalTransport, list[dict[str, Any]]]
@@ -33,12 +35,16 @@ def test_many_requests_at_once_each_get_their_own_answer(agent: Fixture, tmp_pat
     assert [host.result(f, "read_file")["size"] for f in futures] == [len(str(i)) * 10 for i in range(40)]
 
 
-def test_fetch_copies_a_file_of_several_chunks(agent: Fixture, tmp_path: Path) -> None:
+def test_a_file_is_read_in_several_chunks(agent: Fixture, tmp_path: Path) -> None:
     host, _, _ = agent
     data = os.urandom(9 << 20)
     (tmp_path / "source").write_bytes(data)
-    assert host.fetch(str(tmp_path / "source"), tmp_path / "copy") == len(data)
-    assert (tmp_path / "copy").read_bytes() == data
+    copy = b""
+    while len(copy) < len(data):
+        answer = host.call("read_file", path=str(tmp_path / "source"), offset=len(copy))
+        assert answer["size"] == len(data)
+        copy += base64.b64decode(answer["base64"])
+    assert copy == data
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,7 @@ def test_timeout_is_the_callers(agent: Fixture) -> None:
 def test_killed_agent_fails_all_who_wait_and_all_who_come_later(tmp_path: Path) -> None:
     transport = LocalTransport(agent_argv(tmp_path))
     events: list[Any] = []
-    host = Host("h1", transport, lambda _name, event: events.append(event["event"]))
+    host = Host("h1", transport, lambda _name, event: events.append((event["event"], event.get("expected"))))
     host.ready(10)
     os.kill(transport.process.pid, signal.SIGSTOP)
     waiting = host.begin("addresses")
@@ -80,7 +86,7 @@ def test_killed_agent_fails_all_who_wait_and_all_who_come_later(tmp_path: Path) 
     with pytest.raises(RunFailed, match="the agent has gone"):
         host.call("addresses")
     assert not host.alive
-    assert events[-1] == "agent_gone"
+    assert events[-1] == ("agent_gone", False)
     host.close()
 
 
@@ -95,11 +101,13 @@ def test_agent_that_does_not_start_says_why() -> None:
 
 def test_close_ends_the_agent(tmp_path: Path) -> None:
     transport = LocalTransport(agent_argv(tmp_path))
-    host = Host("h1", transport)
+    events: list[Any] = []
+    host = Host("h1", transport, lambda _name, event: events.append((event["event"], event.get("expected"))))
     host.ready(10)
     host.close()
     host.close()
     assert transport.process.returncode == 0
+    assert events[-1] == ("agent_gone", True)
 
 
 def test_agent_imports_nothing_that_must_be_installed(tmp_path: Path) -> None:

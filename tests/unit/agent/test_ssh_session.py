@@ -9,7 +9,7 @@ import paramiko
 import pytest
 
 from testbed.base.errors import EnvironmentProblem
-from testbed.lab import hosts
+from testbed.lab import transport
 
 
 class FakeClient:
@@ -56,8 +56,8 @@ def test_a_session_that_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException | None, text: str
 ) -> None:
     client = FakeClient(call, error)
-    monkeypatch.setattr(hosts, "_connect", lambda address, timeout: client)
-    address = hosts.Address(name="h1", address="100.65.0.1", interface="h1-eth0", key_file=Path("key"))
+    monkeypatch.setattr(transport, "_connect", lambda address, timeout: client)
+    address = transport.Address(name="h1", address="100.65.0.1", interface="h1-eth0", key_file=Path("key"))
     with pytest.raises(EnvironmentProblem, match=text) as caught:
-        hosts.SshTransport(address)
+        transport.SshTransport(address)
     assert caught.value.where == "h1" and client.closed
