@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from softroce_ext.wire.headers import HEADER_ALLOWANCE
+from softroce_ext.wire.headers import MTU_BYTES as MTU_BYTES
+
 MAX_MR_SIZE: Final = (1 << 64) - 1
 PAGE_SIZE_CAP: Final = 0xFFFFF000
 VENDOR_ID: Final = 0xFFFFFF
@@ -40,13 +43,7 @@ GID_TABLE_LENGTH: Final = 1024
 PKEY_TABLE_LENGTH: Final = 1
 DEFAULT_PKEY: Final = 0xFFFF
 
-MTU_BYTES: Final = {1: 256, 2: 512, 3: 1024, 4: 2048, 5: 4096}
-"""enum ib_mtu → bytes of payload."""
-
 MTU_CODE: Final = {size: code for code, size in MTU_BYTES.items()}
-
-HEADER_ALLOWANCE: Final = 80
-"""Bytes that the longest RoCEv2 headers take of the interface's MTU (rxe: RXE_MAX_HDR_LENGTH)."""
 
 
 def active_mtu(interface_mtu: int) -> int:

@@ -12,6 +12,12 @@ MAX_MESSAGE = 1 << 30
 """Longest message in bytes. The IBA allows twice as many (9.7.7), but at an MTU of 256 they would take half of all
 PSNs."""
 
+MTU_BYTES = {1: 256, 2: 512, 3: 1024, 4: 2048, 5: 4096}
+"""enum ib_mtu → bytes of payload."""
+
+HEADER_ALLOWANCE = 80
+"""Bytes of the interface's MTU that are kept for the longest RoCEv2 headers (rxe: RXE_MAX_HDR_LENGTH)."""
+
 # BTH in three words: opcode, flags, P_Key | reserved/FECN/BECN, destination QPN | AckReq byte, PSN.
 # Flags byte: solicited event 0x80, MigReq 0x40, pad count 0x30, transport version 0x0f.
 BTH = Struct(">III")

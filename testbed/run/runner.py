@@ -1,7 +1,7 @@
-"""One run of a topology, from the checks of the machine to the summary, and everything taken down in reverse order.
+"""One run of a topology, from the checks of the machine to the summary; everything is removed in reverse order.
 
-The stages are those of `events.STAGES`. Whatever happens (a failure, Ctrl-C, SIGTERM), what exists is removed,
-newest first; what a killed run leaves is in its state file, for `testbed clean`.
+The stages are those of `events.STAGES`. Whatever happens (a failure, Ctrl-C, SIGTERM), what exists is removed, newest
+first; what a killed run leaves is in its state file, for `testbed clean`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ import concurrent.futures
 import contextlib
 import errno
 import os
-import queue
 import secrets
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +20,6 @@ from testbed.base import ip6
 from testbed.base.errors import BadInput, EnvironmentProblem, Interrupted, TestbedError
 from testbed.checkpoint import criu_binary
 from testbed.cleanup.state import RunState, read, runs
-from testbed.lab.applications import Applications
 from testbed.lab.hosts import Host, connect_all
 from testbed.lab.session import Session
 from testbed.lab.transport import Address
@@ -31,38 +27,36 @@ from testbed.network import Network, fixtures
 from testbed.record import summary as report
 from testbed.record import versions
 from testbed.record.folder import Listener, RunFolder
-from testbed.run import captures
+from testbed.run import captures, interrupts
 from testbed.run.schedule import Schedule, addresses_at_end
 from testbed.topology import ResolvedHost, ResolvedTopology
-from testbed.topology.models import HEADROOM
 
 COUNTER_INTERVAL: Final = 0.5
 """Seconds between two readings of a NIC's counters."""
 
 _DISK_TROUBLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT)
 _BLAMES: Final = {BadInput: "input", EnvironmentProblem: "environment", Interrupted: "interrupt"}
-_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run, beside what to run."""
+    """How to run a topology."""
 
     root: Path | None = None
-    """Root of the results folders; None: `results.default_root()`."""
+    """Root of the results folders; None: `record.folder.default_root()`."""
     seed: int | None = None
-    """In place of the topology's."""
+    """Seed that replaces the topology's; None: the topology's."""
     listener: Listener | None = None
-    """Called with every event, from any thread (a live view)."""
+    """Called with every event, from any thread, for example by a live view."""
     meanwhile: Callable[[Session], Any] | None = None
-    """Called in the main thread once the applications run, by an experiment; the run goes on when it returns."""
+    """Called in the main thread once the applications run, for an experiment; the run continues when it returns."""
 
 
 def run(topology: ResolvedTopology, options: Options | None = None) -> report.Summary:
-    """Run `topology` once; the summary returned is also in the results folder.
+    """Run `topology` once and return the summary, which is also in the results folder.
 
-    What fails, interrupts (Ctrl-C, SIGTERM) or cannot be had on this machine is in its `problems`, by blame. Nothing
-    that the run has made is left in any case. Raises EnvironmentProblem only if the results cannot be written.
+    What fails, interrupts (Ctrl-C, SIGTERM) or is missing on this machine is in its `problems`, by blame. In each case
+    everything that the run has made is removed. Raises EnvironmentProblem only if the results cannot be written.
     """
     options = options or Options()
     if options.seed is not None:
@@ -71,10 +65,10 @@ def run(topology: ResolvedTopology, options: Options | None = None) -> report.Su
         folder = RunFolder.create(topology.name, seed=topology.seed, root=options.root)
     except OSError as error:
         raise EnvironmentProblem(
-            f"no results folder can be made: {error}", hint="choose another place: --results FOLDER"
+            f"cannot create the results folder: {error}", hint="choose another one with --results FOLDER"
         ) from error
     try:
-        with _signals(), folder:
+        with interrupts.raised(), folder:
             if options.listener is not None:
                 folder.subscribe(options.listener)
             return _Run(topology, options, folder).run()
@@ -82,29 +76,8 @@ def run(topology: ResolvedTopology, options: Options | None = None) -> report.Su
         if error.errno not in _DISK_TROUBLE:
             raise
         raise EnvironmentProblem(
-            f"the results cannot be written: {error}", where=str(folder.path), hint="the run has been taken down"
+            f"cannot write the results: {error}", where=str(folder.path), hint="everything else of the run was removed"
         ) from error
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP interrupt as Ctrl-C does, which does so itself even where a shell started us with it ignored.
-
-    Only possible, and only needed, in the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    old = {number: signal.signal(number, interrupt) for number in _INTERRUPTS}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 class _Run:
@@ -134,14 +107,16 @@ class _Run:
         except KeyboardInterrupt:
             error = Interrupted()
         finally:
-            with _no_interrupt(lambda: folder.event("note", text="still removing what was made; please wait")):
+            with interrupts.postponed(
+                lambda: folder.event("note", text="still removing what the run has created; please wait")
+            ):
                 try:
                     self._collect(error)
                 finally:
                     self._take_down()
         summary = self._summary(error)
         if self.topology.report.plots and summary.migrations:
-            from testbed.view import plots  # half a second for matplotlib, when nobody waits for a program any more
+            from testbed.view import plots  # loads matplotlib for half a second, when no program runs any more
 
             plots.run_timeline(folder.path / "timeline.png", summary)
         folder.event("run_finished", ok=summary.ok)
@@ -160,8 +135,7 @@ class _Run:
             network.start()
             for limit in network.limits:
                 self.folder.event("limit", wanted=limit["wanted"], got=limit["got"], why=limit["why"])
-            session = Session(self.topology, self.folder, state, network)
-            self.session = session
+            session = self.session = Session(self.topology, self.folder, state, network)
             self.environment = ahead.result().model_copy(
                 update={"datapath": network.datapath, "controller": network.controller_version}
             )
@@ -183,12 +157,11 @@ class _Run:
 
     def _connect(self, session: Session) -> None:
         self._stack.callback(_close_all, session.hosts)
-        session.apps = Applications(self.topology, session.hosts, self.folder)
 
         def on_event(host: str, event: Any) -> None:
             try:
                 self._on_event(session, host, event)
-            except Exception as error:  # a full disk, or a defect: the main thread's to raise, the reader must go on
+            except Exception as error:  # a full disk, or a defect: the main thread raises it, the reader continues
                 self._failure = self._failure or error
 
         addresses = [Address.of_virtual(host, session.state.run_id) for host in session.network.hosts.values()]
@@ -220,8 +193,7 @@ class _Run:
         _in_parallel(start, list(self.topology.hosts.values()))
 
     def _nic_options(self, session: Session, host: ResolvedHost) -> list[str]:
-        # The NIC wants the interface MTU whose active RDMA MTU is the one wished for.
-        options = ["--mtu", str(host.nic.mtu + HEADROOM), "--seed", str(self.topology.seed + host.index)]
+        options = ["--mtu", str(host.nic.interface_mtu), "--seed", str(self.topology.seed + host.index)]
         if not host.nic.migros:
             options.append("--no-migros")
         if host.nic.capture:
@@ -235,18 +207,18 @@ class _Run:
             options += ["--impair", ",".join(f"{key}={value:g}" for key, value in impair.items())]
         return options
 
-    # ---- what happens meanwhile --------------------------------------------------------------------------------------
+    # ---- events of the agents ----------------------------------------------------------------------------------------
 
     def _on_event(self, session: Session, host: str, event: Any) -> None:
-        """An agent's event, in the thread of that host."""
+        """Take an agent's event, in the thread that reads from its host."""
         name = event["event"]
         if name == "counters":
             self.nics[host] = event["counters"]
             self.folder.event("counters", at=event["t"], host=host, counters=event["counters"])
         elif name == "nic_ended":
-            self._problem(f"{host}", f"its NIC ended with {event['code']}", event.get("log") or None)
+            self._problem(host, f"the NIC ended with code {event['code']}", event.get("log") or None)
         elif name == "agent_gone" and not event["expected"]:
-            self._problem(f"{host}", f"its agent has gone: {event['reason']}")
+            self._problem(host, f"the connection to the agent ended: {event['reason']}")
         session.apps.on_event(host, event)
 
     def _problem(self, where: str, error: str, hint: str | None = None) -> None:
@@ -256,7 +228,7 @@ class _Run:
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def _collect(self, error: TestbedError | None) -> None:
-        """Note what went wrong; fetch logs and last counters. What cannot be had is passed over."""
+        """Note what went wrong, and fetch logs and last counters. What cannot be fetched is passed over."""
         if error is not None:
             blame = next((name for kind, name in _BLAMES.items() if isinstance(error, kind)), "run")
             problem = {"blame": blame, "where": error.where or "run", "error": error.message, "hint": error.hint}
@@ -277,21 +249,24 @@ class _Run:
         _in_parallel(collect, [host for host in self.session.hosts.values() if host.alive])
 
     def _take_down(self) -> None:
-        """Remove everything, newest first; what stayed is a problem of the run, and in its state file."""
+        """Remove everything, newest first; what remains is a problem of the run and stays in its state file."""
         try:
             with self._stack:
                 self.folder.event("stage", name="teardown")
         except TestbedError as problem:
             self._problem(problem.where or "teardown", problem.message, problem.hint)
 
+    def _migrations(self) -> list[report.Migration]:
+        """The records of the migrations, with the exit codes that their applications ended with."""
+        if self.schedule is None or self.session is None:
+            return []
+        apps = self.session.apps.all
+        return [record.model_copy(update={"app_exit_code": apps[record.app].code}) for record in self.schedule.records]
+
     def _summary(self, error: TestbedError | None) -> report.Summary:
-        migrations = self.schedule.records if self.schedule is not None else []
-        if self.session is not None and hasattr(self.session, "apps"):
-            migrations = [
-                record.model_copy(update={"app_exit_code": self.session.apps.all[record.app].code})
-                for record in migrations
-            ]
-            self.problems += [p for app in self.session.apps.all.values() for p in app.problems]
+        migrations = self._migrations()
+        if self.session is not None:
+            self.problems += [problem for app in self.session.apps.all.values() for problem in app.problems]
         self.problems += [
             report.Problem(where=f"migrations[{m.index}]", error=m.error or "failed", hint=m.hint)
             for m in migrations
@@ -329,39 +304,9 @@ class _Run:
         )
 
 
-@contextlib.contextmanager
-def _no_interrupt(tell: Callable[[], None]) -> Iterator[None]:
-    """A second Ctrl-C must not cut the clean-up short: it is answered by `tell`, in another thread.
-
-    The handler itself takes no lock: the main thread, which it interrupts, may hold the very one that `tell` needs.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # its `put` may be called by a signal handler
-
-    def answer() -> None:
-        while asked.get():
-            with contextlib.suppress(OSError):  # a full disk: whoever writes next in the main thread says so
-                tell()
-
-    teller = threading.Thread(target=answer, name="tell-interrupts", daemon=True)
-    # Before the thread, which may have to wait for a processor: nothing may be interrupted from here on.
-    old = {number: signal.signal(number, lambda *_: asked.put(True)) for number in _INTERRUPTS}
-    try:
-        teller.start()
-        yield
-    finally:
-        asked.put(False)
-        if teller.ident is not None:
-            teller.join()
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def _prepare(migrations: bool) -> report.Environment:
-    """What can be done while the network is built: compile, load paramiko, find CRIU, ask for versions."""
-    import paramiko  # noqa: F401 - 0.2 s that the connections then do not wait for
+    """Do what is possible while the network is built: compile, load paramiko, find CRIU, collect versions."""
+    import paramiko  # noqa: F401 - takes 0.2 s, which the connections then do not wait for
 
     from softroce_ext.native import build
 
@@ -380,7 +325,7 @@ def _prepare(migrations: bool) -> report.Environment:
 
 
 def _in_parallel(act: Callable[[Any], None], items: list[Any]) -> None:
-    """`act` on every item at once; raises the first error when all have ended."""
+    """Call `act` with every item at once; when all calls have ended, raise the first error."""
     if items:
         with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
             for future in [pool.submit(act, item) for item in items]:
@@ -392,7 +337,7 @@ def _close_all(hosts: dict[str, Host]) -> None:
 
 
 def _forget(state: RunState) -> None:
-    """The last thing: the state file goes, unless it names what could not be removed: then `testbed clean` needs it."""
+    """Remove the state file last, unless it names what could not be removed, which `testbed clean` then needs."""
     if not read(state.directory).entries:
         state.close()
     if not runs():
@@ -400,6 +345,7 @@ def _forget(state: RunState) -> None:
 
 
 def _size(topology: ResolvedTopology) -> str:
+    """The size of a topology in words: `3 hosts, 1 switch, 3 links`."""
     counts = {"host": len(topology.hosts), "switch": len(topology.switches), "link": len(topology.links)}
     plurals = {"switch": "switches"}
     return ", ".join(f"{n} {name if n == 1 else plurals.get(name, name + 's')}" for name, n in counts.items())

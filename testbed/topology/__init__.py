@@ -4,7 +4,7 @@ What lives here: `models` (what a user may write), `units` (durations, sizes, fr
 numbers, all errors at once), `checks` (what a schema cannot express: names, reachability, addresses) and `resolved`
 (every automatic value filled in). Nothing here changes or inspects the machine, so validation does not need root.
 
-May import: `testbed.base`.
+May import: `softroce_ext.wire`, `testbed.base`.
 """
 
 from __future__ import annotations

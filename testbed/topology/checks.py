@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from softroce_ext.wire.headers import HEADER_ALLOWANCE, MTU_BYTES
 from testbed.base.errors import Problem
-from testbed.topology.models import HEADROOM, RDMA_MTUS, App, Host, Link, Migration, Section
+from testbed.topology.models import App, Host, Link, Migration, Section
 from testbed.topology.resolved import MANAGEMENT_NETWORK, NODE_NETWORK, checks_data, placeholders
 
 MOST_HOSTS = 255
@@ -201,15 +202,15 @@ def _mtus(view: View) -> Iterator[Problem]:
     if not view.links:
         return
     index, tightest = min(view.links, key=lambda item: item[1].mtu)
-    room = tightest.mtu - HEADROOM
+    room = tightest.mtu - HEADER_ALLOWANCE
     for name, host in view.hosts.items():
         if host.nic.mtu is not None and host.nic.mtu > room:
-            fitting = [mtu for mtu in RDMA_MTUS if mtu <= room]
+            fitting = [mtu for mtu in MTU_BYTES.values() if mtu <= room]
             yield Problem(
                 f"hosts.{name}.nic.mtu",
-                f"payload and {HEADROOM} bytes of headers exceed the mtu of links[{index}] ({tightest.mtu})",
+                f"payload and {HEADER_ALLOWANCE} bytes of headers exceed the mtu of links[{index}] ({tightest.mtu})",
                 str(host.nic.mtu),
-                f"set the mtu of all links to {host.nic.mtu + HEADROOM} or more, or that of the NIC to one of: "
+                f"set the mtu of all links to {host.nic.mtu + HEADER_ALLOWANCE} or more, or that of the NIC to one of: "
                 f"{', '.join(map(str, fitting))}",
             )
 

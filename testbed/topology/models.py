@@ -20,11 +20,6 @@ LONGEST_NODE_NAME: Final = 9
 1), and ports go up to 99."""
 LONGEST_NAME: Final = 40
 
-RDMA_MTUS: Final = (256, 512, 1024, 2048, 4096)
-"""Path MTUs of the InfiniBand specification, in bytes of payload."""
-HEADROOM: Final = 80
-"""Bytes of IPv4, UDP, the longest RoCEv2 header chain and ICRC, as the Linux driver counts (RXE_MAX_HDR_LENGTH)."""
-
 
 def _name(value: str, longest: int, why: str) -> str:
     if not re.match(NAME_PATTERN, value):

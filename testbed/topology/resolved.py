@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from softroce_ext.wire.headers import HEADER_ALLOWANCE, MTU_BYTES
 from testbed.base import ip6
-from testbed.topology.models import HEADROOM, RDMA_MTUS, Host, Report, Topology
+from testbed.topology.models import Host, Report, Topology
 
 NODE_NETWORK: Final = ipaddress.IPv4Network("100.64.0.0/16")
 """Network of the hosts' permanent addresses on the data network, used for bulk transfer; they are never GIDs."""
@@ -37,6 +38,11 @@ class ResolvedNic:
     """loss, reorder, duplicate, corrupt (fractions) and delay (seconds); values of 0 are left out."""
     capture: bool
     trace: bool
+
+    @property
+    def interface_mtu(self) -> int:
+        """The interface MTU from which the NIC derives `mtu`."""
+        return self.mtu + HEADER_ALLOWANCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +195,8 @@ def fill(command: str, known: dict[str, str]) -> str:
 
 def fitting_mtu(topology: Topology) -> int:
     """The largest RDMA payload in bytes that every link can carry; 0 if not even the smallest fits."""
-    room = min(link.mtu for link in topology.links) - HEADROOM
-    return max((mtu for mtu in RDMA_MTUS if mtu <= room), default=0)
+    room = min(link.mtu for link in topology.links) - HEADER_ALLOWANCE
+    return max((mtu for mtu in MTU_BYTES.values() if mtu <= room), default=0)
 
 
 def checks_data(argv: list[str]) -> bool:

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "testbed.base": (),
     "testbed.record": (),
     "testbed.cleanup": ("testbed.base",),
-    "testbed.topology": ("testbed.base",),
+    "testbed.topology": ("softroce_ext.wire", "testbed.base"),
     "testbed.checkpoint": ("softroce_ext.native", "testbed.base"),
     "testbed.view": ("softroce_ext.transport", "testbed.record"),
     "testbed.controller": ("testbed.base", "testbed.cleanup"),

@@ -23,7 +23,7 @@ from testbed.cleanup.child import Child
 from testbed.cleanup.state import RUN_VARIABLE, RunState
 from testbed.controller.process import ControllerProcess
 from testbed.network import Network, machine, ssh
-from testbed.run import runner
+from testbed.run import interrupts, runner
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_an_interrupt_during_the_clean_up_waits_for_no_lock() -> None:
     def tell() -> None:
         told.append(lock.acquire(timeout=20))
 
-    with runner._no_interrupt(tell), lock:
+    with interrupts.postponed(tell), lock:
         signal.raise_signal(signal.SIGINT)
     assert told == [True]
 
@@ -202,7 +202,7 @@ def test_every_interrupt_is_answered_and_none_cuts_the_clean_up_short() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = signal.getsignal(signal.SIGINT)
-    with runner._no_interrupt(tell):
+    with interrupts.postponed(tell):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(number)
     assert len(told) == 3 and threading.main_thread() not in told
