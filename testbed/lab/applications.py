@@ -19,7 +19,9 @@ from testbed.topology import ResolvedApp, ResolvedTopology
 READY_TIMEOUT: Final = 15.0
 """Seconds that a program which others wait for has to listen; one that never does is taken as ready then."""
 FAILURE_GRACE: Final = 10.0
-"""Seconds that the partners of a failed program have to notice, before they are ended."""
+"""Seconds in which the partners of a failed program may end by themselves, before they are ended."""
+LONGEST_LOG: Final = 16 << 20
+"""Bytes of each log that are kept: the last ones."""
 
 
 @dataclass
@@ -212,7 +214,7 @@ class Applications:
 
     def _kill(self, app: Application, why: str) -> None:
         app.killed = why
-        app.problems.append(summary.Problem(where=f"apps.{app.spec.name}", error=why))
+        self._note(app, why)
         self._folder.event("problem", where=f"apps.{app.spec.name}", error=why)
         try:
             self.host_of(app.spec.name).call("signal_app", name=app.spec.name, signal="SIGKILL", timeout=10)
@@ -237,31 +239,17 @@ class Applications:
         return [self._judge(app) for app in self.all.values()]
 
     def _judge(self, app: Application) -> summary.App:
-        name, logs, texts = app.spec.name, {}, {"stdout": "", "stderr": ""}
-        for stream in texts if app.started is not None else ():
-            try:
-                texts[stream] = self._hosts[app.host].call("read_log", name=name, stream=stream, limit=16 << 20)["text"]
-            except TestbedError as error:
-                self._folder.event("note", text=f"no {stream} of {name}: {error.message}")
-                continue
-            path = self._folder.log(f"{name}.{stream}")
-            path.write_text(texts[stream])
-            logs[stream] = self._folder.relative(path)
+        texts, logs = self._fetch_logs(app)
         wrong = output.wrong_data(list(app.spec.argv), texts["stdout"]) if app.spec.check == "data" else None
         if wrong is not None:
-            app.problems.append(summary.Problem(where=f"apps.{name}", error=f"its data check failed: {wrong}"))
+            self._note(app, f"its data check failed: {wrong}")
         if app.ended is not None and not app.as_expected and app.killed is None:
-            last = [line for line in texts["stderr"].splitlines() + texts["stdout"].splitlines() if line.strip()]
             expected = f" instead of {app.spec.expect}" if app.code is not None and app.spec.expect else ""
-            app.problems.append(
-                summary.Problem(
-                    where=f"apps.{name}",
-                    error=f"{app.end_in_words()}{expected}",
-                    hint=f"its last line: {last[-1][:200]}" if last else None,
-                )
-            )
+            last = [line for line in (texts["stderr"] + "\n" + texts["stdout"]).splitlines() if line.strip()]
+            hint = f"its last line of output: {last[-1][:200]}" if last else None
+            self._note(app, f"{app.end_in_words()}{expected}", hint)
         return summary.App(
-            name=name,
+            name=app.spec.name,
             host=app.spec.host,
             final_host=app.host,
             command=list(app.spec.argv),
@@ -275,3 +263,23 @@ class Applications:
             tail=(texts["stdout"] + texts["stderr"]).splitlines()[-self._tail :] if self._tail else [],
             measured=output.measured(list(app.spec.argv), texts["stdout"]),
         )
+
+    def _fetch_logs(self, app: Application) -> tuple[dict[str, str], dict[str, str]]:
+        """Copy what the application has printed into the run folder: stream → text, and stream → path of its log."""
+        name, texts, logs = app.spec.name, {"stdout": "", "stderr": ""}, {}
+        for stream in texts if app.started is not None else ():
+            try:
+                texts[stream] = self._hosts[app.host].call("read_log", name=name, stream=stream, limit=LONGEST_LOG)[
+                    "text"
+                ]
+            except TestbedError as error:
+                self._folder.event("note", text=f"cannot read {stream} of {name}: {error.message}")
+                continue
+            path = self._folder.log(f"{name}.{stream}")
+            path.write_text(texts[stream])
+            logs[stream] = self._folder.relative(path)
+        return texts, logs
+
+    @staticmethod
+    def _note(app: Application, error: str, hint: str | None = None) -> None:
+        app.problems.append(summary.Problem(where=f"apps.{app.spec.name}", error=error, hint=hint))

@@ -324,42 +324,50 @@ def _migrations(view: View) -> Iterator[Problem]:
     for index, migration in view.migrations:
         path = f"migrations[{index}]"
         app = view.apps.get(migration.app)
-        if app is None:
-            if migration.app not in view.unreadable:
-                yield _unknown(f"{path}.app", "app", migration.app, view.apps)
+        if app is None and migration.app not in view.unreadable:
+            yield _unknown(f"{path}.app", "app", migration.app, view.apps)
         if migration.to not in view.hosts:
             yield _unknown(f"{path}.to", "host", migration.to, view.hosts)
-            continue
-        if app is None or app.host not in view.hosts:
-            continue
-        if migration.to == place[migration.app]:
-            others = [name for name in view.hosts if name != migration.to]
-            hint = f"choose another host: {', '.join(others)}" if others else "add a host to the topology"
-            yield Problem(f"{path}.to", f"{migration.app} is already on this host", migration.to, hint)
-        for host in dict.fromkeys((place[migration.app], migration.to)):
-            if not view.hosts[host].nic.migros:
-                yield Problem(
-                    path, f"the NIC of {host} does not support MigrOS (hosts.{host}.nic.migros is false)", migration.app
-                )
-        if isinstance(migration.at, float) and migration.at >= app.timeout:
-            yield Problem(f"{path}.at", f"must be before the app's timeout ({app.timeout:g} s)", f"{migration.at:g} s")
-        key = (migration.app, type(migration.at))
-        before = latest.get(key)
-        if before is not None and migration.at <= before[1]:
-            yield Problem(f"{path}.at", f"must be after migrations[{before[0]}] of the same app", _moment(migration.at))
-        latest[key] = (index, migration.at)
-        if migration.address == "change" and _keeps_tcp(app.command):
-            yield Problem(
-                f"{path}.address",
-                "perftest keeps a TCP connection open, which cannot survive a change of address",
-                "change",
-                f"use address: keep; if other apps share its host, also set apps.{migration.app}.address",
-            )
-        place[migration.app] = migration.to
+        elif app is not None and app.host in view.hosts:
+            order = (migration.app, type(migration.at))
+            yield from _destination(view, path, migration, place[migration.app])
+            yield from _moment(path, migration, app, latest.get(order))
+            yield from _follows(path, migration, app)
+            latest[order] = (index, migration.at)
+            place[migration.app] = migration.to
 
 
-def _moment(at: float | int) -> str:
-    return f"{at} B" if isinstance(at, int) else f"{at:g} s"
+def _destination(view: View, path: str, migration: Migration, source: str) -> Iterator[Problem]:
+    """The migration leads from `source` to another host, and both hosts' NICs support MigrOS."""
+    if migration.to == source:
+        others = [name for name in view.hosts if name != source]
+        hint = f"choose another host: {', '.join(others)}" if others else "add a host to the topology"
+        yield Problem(f"{path}.to", f"{migration.app} is already on this host", source, hint)
+    for host in dict.fromkeys((source, migration.to)):
+        if not view.hosts[host].nic.migros:
+            message = f"the NIC of {host} does not support MigrOS (hosts.{host}.nic.migros is false)"
+            yield Problem(path, message, migration.app)
+
+
+def _moment(path: str, migration: Migration, app: App, before: tuple[int, float] | None) -> Iterator[Problem]:
+    """The migration is due while the app runs and after `before`, the (index, `at`) of the app's last migration."""
+    at = migration.at
+    if isinstance(at, float) and at >= app.timeout:
+        yield Problem(f"{path}.at", f"must be before the app's timeout ({app.timeout:g} s)", f"{at:g} s")
+    if before is not None and at <= before[1]:
+        value = f"{at} B" if isinstance(at, int) else f"{at:g} s"
+        yield Problem(f"{path}.at", f"must be after migrations[{before[0]}] of the same app", value)
+
+
+def _follows(path: str, migration: Migration, app: App) -> Iterator[Problem]:
+    """The app's connections survive a change of its address."""
+    if migration.address == "change" and _keeps_tcp(app.command):
+        yield Problem(
+            f"{path}.address",
+            "perftest keeps a TCP connection open, which cannot survive a change of address",
+            "change",
+            f"use address: keep; if other apps share its host, also set apps.{migration.app}.address",
+        )
 
 
 def _keeps_tcp(command: str) -> bool:

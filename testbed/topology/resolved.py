@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from softroce_ext.wire.headers import HEADER_ALLOWANCE, MTU_BYTES
 from testbed.base import ip6
-from testbed.topology.models import Host, Report, Topology
+from testbed.topology.models import Host, Link, Report, Topology
 
 NODE_NETWORK: Final = ipaddress.IPv4Network("100.64.0.0/16")
 """Network of the hosts' permanent addresses on the data network, used for bulk transfer; they are never GIDs."""
@@ -226,19 +226,11 @@ def _host(topology: Topology, name: str, host: Host, index: int, ip: str) -> Res
     )
 
 
-def resolve(topology: Topology) -> ResolvedTopology:
-    """Return the topology with every automatic value filled in.
-
-    `topology` must have passed `checks`, as one from `load` has: lookups are not guarded here.
-    """
-    host_ips = addresses(topology)
-    app_ips = app_addresses(topology, host_ips)
-    known = host_ips | app_ips
-    apps: dict[str, ResolvedApp] = {}
+def _apps(topology: Topology, app_ips: dict[str, str], known: dict[str, str]) -> dict[str, ResolvedApp]:
+    apps = {}
     for name, app in topology.apps.items():
         command = fill(app.command, known)
         argv = shlex.split(command)
-        check = app.check or ("data" if checks_data(argv) else "exit")
         apps[name] = ResolvedApp(
             name=name,
             host=app.host,
@@ -246,36 +238,48 @@ def resolve(topology: Topology) -> ResolvedTopology:
             argv=tuple(argv),
             after=tuple(app.after),
             env=dict(app.env),
-            check=check,
+            check=app.check or ("data" if checks_data(argv) else "exit"),
             expect=app.expect,
             timeout=app.timeout,
             address=app_ips[name],
             own_address=app.address is not None,
         )
+    return apps
+
+
+def _migrations(topology: Topology, host_ips: dict[str, str], app_ips: dict[str, str]) -> Iterator[ResolvedMigration]:
+    """Each migration starts at the host, and with the address, where the app's previous one has left it."""
     place = {name: app.host for name, app in topology.apps.items()}
     current = dict(app_ips)
-    migrations = []
     for index, migration in enumerate(topology.migrations):
         before = current[migration.app]
         after = before if migration.address == "keep" else host_ips[migration.to]
-        migrations.append(
-            ResolvedMigration(
-                index=index,
-                app=migration.app,
-                source=place[migration.app],
-                to=migration.to,
-                at_seconds=migration.at if isinstance(migration.at, float) else None,
-                at_bytes=migration.at if isinstance(migration.at, int) else None,
-                address=migration.address,
-                ip_before=before,
-                ip_after=after,
-            )
+        yield ResolvedMigration(
+            index=index,
+            app=migration.app,
+            source=place[migration.app],
+            to=migration.to,
+            at_seconds=migration.at if isinstance(migration.at, float) else None,
+            at_bytes=migration.at if isinstance(migration.at, int) else None,
+            address=migration.address,
+            ip_before=before,
+            ip_after=after,
         )
         place[migration.app], current[migration.app] = migration.to, after
-    links = []
-    for link in topology.links:
-        a, b = sorted(link.ends, key=lambda end: end not in topology.hosts)
-        links.append(ResolvedLink(a, b, link.bw, link.mtu, link.delay, link.loss))
+
+
+def _link(topology: Topology, link: Link) -> ResolvedLink:
+    a, b = sorted(link.ends, key=lambda end: end not in topology.hosts)
+    return ResolvedLink(a, b, link.bw, link.mtu, link.delay, link.loss)
+
+
+def resolve(topology: Topology) -> ResolvedTopology:
+    """Return the topology with every automatic value filled in.
+
+    `topology` must have passed `checks`, as one from `load` has: lookups are not guarded here.
+    """
+    host_ips = addresses(topology)
+    app_ips = app_addresses(topology, host_ips)
     return ResolvedTopology(
         name=topology.name,
         description=topology.description,
@@ -289,8 +293,8 @@ def resolve(topology: Topology) -> ResolvedTopology:
             for index, (name, host) in enumerate(topology.hosts.items(), start=1)
         },
         switches={name: ResolvedSwitch(name, dpid) for dpid, name in enumerate(topology.switches, start=1)},
-        links=tuple(links),
-        apps=apps,
-        migrations=tuple(migrations),
+        links=tuple(_link(topology, link) for link in topology.links),
+        apps=_apps(topology, app_ips, host_ips | app_ips),
+        migrations=tuple(_migrations(topology, host_ips, app_ips)),
         report=topology.report,
     )

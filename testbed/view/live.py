@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
@@ -128,42 +128,44 @@ def _outcome(event: Mapping[str, Any]) -> str:
     return f"{failure}: {event.get('error') or 'no reason given'}"
 
 
+def _stage(event: Mapping[str, Any]) -> str:
+    detail = f" ({event['detail']})" if event.get("detail") else ""
+    return f"{STAGES.get(event['name'], event['name'])}{detail}"
+
+
+def _limit(event: Mapping[str, Any]) -> str:
+    why = f" ({event['why']})" if event.get("why") else ""
+    return f"not available here: {event['wanted']}; instead: {event['got']}{why}"
+
+
+def _number(event: Mapping[str, Any]) -> str:
+    return f"migration {event['index'] + 1}"
+
+
+_IN_WORDS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
+    "run_started": lambda e: f"{e['topology']}, seed {e['seed']}",
+    "stage": _stage,
+    "host_ready": lambda e: f"{e['host']}: host ready, {e.get('ip') or 'no address'}",
+    "nic_ready": lambda e: f"{e['host']}: NIC ready",
+    "app_started": lambda e: f"{e['host']}: {e['app']} started",
+    "app_exited": lambda e: f"{e['host']}: {e['app']} ended with {_ended(e)}",
+    "app_moved": lambda e: f"{e['to_host']}: {e['app']} arrived from {e['from_host']}",
+    "migration_started": lambda e: f"{_number(e)}: {e['app']} {e['from_host']} → {e['to_host']}",
+    "phase_finished": lambda e: f"{_number(e)}: {e['phase']} {text.ms(e.get('ms'))} ms",
+    "migration_finished": lambda e: f"{_number(e)}: {_outcome(e)}",
+    "flow_change": lambda e: f"{e['switch']}: flow {e['action']}, {e['match']} {e.get('out', '')}".rstrip(),
+    "limit": _limit,
+    "problem": lambda e: f"problem: {e['where']}: {e['error']}",
+    "note": lambda e: str(e["text"]),
+    "run_finished": lambda e: "all checks passed" if e["ok"] else "a check failed",
+}
+"""The events that the plain view shows → how it describes them."""
+
+
 def line(event: Mapping[str, Any]) -> str | None:
     """An event in words, or None if the plain view does not show it."""
-    match event["event"]:
-        case "run_started":
-            return f"{event['topology']}, seed {event['seed']}"
-        case "stage":
-            detail = f" ({event['detail']})" if event.get("detail") else ""
-            return f"{STAGES.get(event['name'], event['name'])}{detail}"
-        case "host_ready":
-            return f"{event['host']}: host ready, {event.get('ip') or 'no address'}"
-        case "nic_ready":
-            return f"{event['host']}: NIC ready"
-        case "app_started":
-            return f"{event['host']}: {event['app']} started"
-        case "app_exited":
-            return f"{event['host']}: {event['app']} ended with {_ended(event)}"
-        case "app_moved":
-            return f"{event['to_host']}: {event['app']} arrived from {event['from_host']}"
-        case "migration_started":
-            return f"migration {event['index'] + 1}: {event['app']} {event['from_host']} → {event['to_host']}"
-        case "phase_finished":
-            return f"migration {event['index'] + 1}: {event['phase']} {text.ms(event.get('ms'))} ms"
-        case "migration_finished":
-            return f"migration {event['index'] + 1}: {_outcome(event)}"
-        case "flow_change":
-            return f"{event['switch']}: flow {event['action']}, {event['match']} {event.get('out', '')}".rstrip()
-        case "limit":
-            why = f" ({event['why']})" if event.get("why") else ""
-            return f"not available here: {event['wanted']}; instead: {event['got']}{why}"
-        case "problem":
-            return f"problem: {event['where']}: {event['error']}"
-        case "note":
-            return str(event["text"])
-        case "run_finished":
-            return "all checks passed" if event["ok"] else "a check failed"
-    return None
+    in_words = _IN_WORDS.get(event["event"])
+    return in_words(event) if in_words is not None else None
 
 
 def draw(state: RunState, elapsed: float) -> RenderableType:

@@ -80,24 +80,30 @@ def lines(
     ticks = sorted({x for points in series.values() for x in points})
     place = {x: float(i) for i, x in enumerate(ticks)} if log_x else {x: x for x in ticks}
     for index, (label, points) in enumerate(series.items()):
-        xs = sorted(points)
-        estimates = [points[x] for x in xs]
-        axes.errorbar(
-            [place[x] + 0.04 * (index - (len(series) - 1) / 2) * (1 if log_x else 0) for x in xs],
-            [e.median for e in estimates],
-            yerr=_errors(estimates),
-            label=label,
-            color=PALETTE[index % len(PALETTE)],
-            marker=MARKERS[index % len(MARKERS)],
-            capsize=3,
-            linewidth=1.5,
-        )
+        # Evenly spaced points of several series would cover each other's intervals.
+        aside = 0.04 * (index - (len(series) - 1) / 2) if log_x else 0.0
+        _series(axes, index, label, {place[x] + aside: points[x] for x in sorted(points)})
     axes.set_xticks([place[x] for x in ticks], [tick(x) if tick else f"{x:g}" for x in ticks])
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="0.9")
     if len(series) > 1:
         axes.legend(frameon=False)
     return _save(figure, path, "; ".join(part for part in (_samples(every), note) if part))
+
+
+def _series(axes: Axes, index: int, label: str, points: Mapping[float, Estimate]) -> None:
+    """Plot one series of `lines` (place on the x axis → estimate) in the colour and marker of its number."""
+    estimates = list(points.values())
+    axes.errorbar(
+        list(points),
+        [e.median for e in estimates],
+        yerr=_errors(estimates),
+        label=label,
+        color=PALETTE[index % len(PALETTE)],
+        marker=MARKERS[index % len(MARKERS)],
+        capsize=3,
+        linewidth=1.5,
+    )
 
 
 def stacked_phases(
