@@ -11,7 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from testbed.base import ip6
 from testbed.base.errors import MigrationFailed, TestbedError
@@ -52,7 +52,7 @@ class Move:
         self._problem: str | None = None
         self._gaps_here: observe.Gaps | None = None
         self._gaps_there: observe.Gaps | None = None
-        self._gaps_partners: list[observe.Gaps] = []
+        self._gaps_peers: list[observe.Gaps] = []
 
     def run(self) -> summary.Migration:
         """As `testbed.migration.migrate`."""
@@ -61,7 +61,7 @@ class Move:
         self._began = time.monotonic()
         for host in (self._source, self._target):
             host.subscribe(self._listen)
-        counted = {name: observe.counters(host) for name, host in self._session.hosts.items()}
+        growth = observe.Growth(self._session.hosts)
         failure: TestbedError | None = None
         rolled_back = False
         with self._session.controller() as controller:
@@ -74,7 +74,7 @@ class Move:
                 raise
         if failure is None and self._problem is not None:
             failure = MigrationFailed(self._problem, phase="resume", rolled_back=False, where=move.to)
-        record = self._record(failure, rolled_back, counted)
+        record = self._record(failure, rolled_back, growth)
         folder.event(
             "migration_finished",
             index=move.index,
@@ -219,58 +219,49 @@ class Move:
                 migration=self._migration.index,
             )
 
-    # ---- what is told afterwards -------------------------------------------------------------------------------------
+    # ---- the record --------------------------------------------------------------------------------------------------
 
     def _watch_gaps(self, pids: list[int]) -> None:
-        """Begin to measure gaps at the program's queue pairs and at those on their other ends."""
+        """Start to measure gaps at the program's queue pairs and at those of its peers."""
         moved = observe.queue_pairs(self._source, pids)
         own = {int(qp["qpn"]) for qp in moved}
-        partners = {int(qp["remote_qpn"]) for qp in moved if qp.get("remote_qpn")}
+        peers = {int(qp["remote_qpn"]) for qp in moved if qp.get("remote_qpn")}
         if not own:
             return
         self._gaps_here = observe.Gaps(self._source, own)
         self._gaps_there = observe.Gaps(self._target, own)
-        self._gaps_partners = [observe.Gaps(host, partners) for host in self._session.hosts.values()]
-        for gaps in (self._gaps_here, *self._gaps_partners):
+        self._gaps_peers = [observe.Gaps(host, peers) for host in self._session.hosts.values()]
+        for gaps in (self._gaps_here, *self._gaps_peers):
             gaps.reset()
 
-    def _blackout(
-        self, rolled_back: bool
-    ) -> tuple[float | None, Literal["completions", "phases"] | None, float | None]:
-        """(blackout of the program, how it was measured, longest gap of a partner), milliseconds."""
+    def _blackout(self, succeeded: bool, rolled_back: bool) -> observe.Blackout:
+        if "freeze" not in self._timeline.began or not (succeeded or rolled_back):
+            return observe.Blackout()
         since = self._thawed if self._thawed else time.monotonic()
         until = time.monotonic() + observe.GAP_SECONDS
         here = self._gaps_here if rolled_back else self._gaps_there
         own = here.longest_ms(since, until) if here is not None else None
-        seen = [gap for gaps in self._gaps_partners if (gap := gaps.longest_ms(since, until)) is not None]
-        partner = max(seen, default=None)
+        seen = [gap for gaps in self._gaps_peers if (gap := gaps.longest_ms(since, until)) is not None]
+        peer = max(seen, default=None)
         if own is not None:
-            return own, "completions", partner
+            return observe.Blackout(own, "completions", peer)
         frozen = self._timeline.frozen_ms()
-        return frozen, "phases" if frozen is not None else None, partner
+        return observe.Blackout(frozen, "phases" if frozen is not None else None, peer)
 
-    def _record(
-        self, failure: TestbedError | None, rolled_back: bool, before: dict[str, dict[str, int]]
-    ) -> summary.Migration:
+    def _error(self, failure: TestbedError | None) -> str | None:
+        """What the record says of a failure: the phase, the place and the message."""
+        if failure is None:
+            return None
+        return ": ".join(part for part in (self._timeline.unfinished, failure.where, failure.message) if part)
+
+    def _hint(self, failure: TestbedError | None) -> str | None:
+        hint = failure.hint if failure is not None else None
+        return "; ".join([*([hint] if hint else []), *self._notes]) or None
+
+    def _record(self, failure: TestbedError | None, rolled_back: bool, growth: observe.Growth) -> summary.Migration:
         move, timeline = self._migration, self._timeline
-        frozen = "freeze" in timeline.began
-        blackout, measured, partner = (
-            self._blackout(rolled_back) if frozen and (failure is None or rolled_back) else (None, None, None)
-        )
-        after = {name: observe.counters(host) for name, host in self._session.hosts.items() if host.alive}
-
-        def grew(host: str, counter: str) -> int | None:
-            # A NIC lists what it has counted: what its list lacks did not happen. An empty list: it was not asked.
-            counts = after.get(host)
-            return counts.get(counter, 0) - before[host].get(counter, 0) if counts else None
-
-        resent = [count for name in after if (count := grew(name, "retransmits")) is not None]
-        error = hint = None
-        if failure is not None:
-            places = [timeline.unfinished, failure.where, failure.message]
-            error, hint = ": ".join(place for place in places if place), failure.hint
-        if self._notes:
-            hint = "; ".join([*([hint] if hint else []), *self._notes])
+        blackout = self._blackout(failure is None, rolled_back)
+        growth.finish()
         return summary.Migration(
             index=move.index,
             app=move.app,
@@ -280,17 +271,17 @@ class Move:
             at_s=self._session.folder.since_start(self._began),
             ok=failure is None,
             rolled_back=rolled_back,
-            error=error,
-            hint=hint,
+            error=self._error(failure),
+            hint=self._hint(failure),
             phases_ms=timeline.lengths_ms(),
             phases_at_ms=timeline.starts_ms(self._began),
-            blackout_ms=blackout,
-            blackout_from=measured,
-            partner_gap_ms=partner,
+            blackout_ms=blackout.program,
+            blackout_from=blackout.measured,
+            partner_gap_ms=blackout.peer,
             image_bytes=self._sent.get("image_bytes"),
             nic_image_bytes=self._sent.get("nic_image_bytes"),
             qps=len(self._gaps_here.qpns) if self._gaps_here is not None else 0,
-            nak_stopped=grew(move.source, "sent_nak_stopped"),
-            resumes=grew(move.source if rolled_back else move.to, "sent_resume"),
-            retransmissions=sum(resent) if resent else None,
+            nak_stopped=growth.of(move.source, "sent_nak_stopped"),
+            resumes=growth.of(move.source if rolled_back else move.to, "sent_resume"),
+            retransmissions=growth.total("retransmits"),
         )
