@@ -22,10 +22,10 @@ from testbed.checkpoint import criu_binary, inventory, tree
 from testbed.checkpoint.hooks import CriuFailed
 from testbed.checkpoint.restore import FIRST_IMAGE, Restore
 
-ADDRESS_STAYED = "the program has a TCP connection or listener on its address: use address: keep"
-
+ADDRESS_STAYED = "the program has a TCP connection or listener on its address; use address: keep"
+"""The hint when CRIU misses an address that did not move along."""
 ACK_SECONDS = 3.0
-"""How long the program waits, frozen, for every partner to acknowledge its RESUME."""
+"""Longest time that the program remains frozen until every peer has acknowledged its RESUME."""
 
 
 def migrate_prepare(
@@ -39,17 +39,17 @@ def migrate_prepare(
     policy: int,
     longest_gap: float | None = None,
 ) -> dict[str, Any]:
-    """Get ready to take an application: a receiver on the own address `listen`, `criu restore` started and waiting.
+    """Prepare to take an application: a receiver on this host's address `listen`, and `criu restore`, both waiting.
 
-    Returns {port, token, criu}. `argv` and `env` are kept for `app_status` and a later migration only, `longest_gap`
-    (seconds, before it left) for what is told of its end; `policy` is the scheduling policy (sched(7)) that the program
-    gets back before it runs.
+    Returns {port, token, criu}. `argv` and `env` are kept for a later migration only, `longest_gap` (seconds, before it
+    left) for the report of its end; `policy` is the scheduling policy (sched(7)) that the program gets back before it
+    runs.
     """
     present = agent.apps.get(app)
     if present is not None and present.ended is None:
-        raise OperationError(f"application {app!r} runs on this host already", blame="input")
+        raise OperationError(f"application {app!r} is already running on this host", blame="input")
     if migration in agent.incoming:
-        raise OperationError(f"migration {migration!r} exists already", blame="input")
+        raise OperationError(f"migration {migration!r} already exists", blame="input")
     with blame():
         criu = criu_binary.usable()
         if agent.nic is not None:
@@ -57,10 +57,10 @@ def migrate_prepare(
         folder = workspace(agent, migration, "in")
         move = Incoming(migration, app, argv, env, policy, folder, Receiver(listen), longest_gap)
         agent.incoming[migration] = move
-        agent.at_end(lambda: _abort(agent, move))
+        move.withdraw_end = agent.at_end(lambda: _abort(agent, move))
         try:
             directory = apps.app_directory(agent, app)
-            shutil.rmtree(directory, ignore_errors=True)  # of an earlier stay; the log comes with the application
+            shutil.rmtree(directory, ignore_errors=True)  # from an earlier stay; the application brings its log
             directory.mkdir(parents=True)
             move.restore = Restore(list(criu.command), move.folder / "images", move.folder / "work")
         except BaseException:
@@ -81,9 +81,9 @@ def migrate_receive(
     add_address: str | None = None,
     prefix: int = 16,
 ) -> dict[str, Any]:
-    """Take what the source sends and restore NIC objects, address and process; the process stands still.
+    """Receive what the source sends, and restore NIC objects, address and process; the process remains frozen.
 
-    `addresses_moved`: {address of the queue pairs at the source: address here}; equal for one that moves along.
+    `addresses_moved`: {address of the queue pairs at the source: address here}; equal for an address that moves along.
     `add_address`: address to be added to the data interface. Returns {"contexts": […]}.
     """
     move = _incoming(agent, migration)
@@ -99,7 +99,7 @@ def migrate_receive(
             received = move.receiver.receive(
                 {"images": images, "app": apps.app_directory(agent, move.app), "nic": move.folder},
                 keep=(first,),
-                begun=adding.start,
+                on_start=adding.start,
             )
         finally:
             if adding.ident is not None:
@@ -131,7 +131,7 @@ def migrate_receive(
 
 
 def _add_address(agent: Agent, move: Incoming, address: str | None, prefix: int, failed: list[OperationError]) -> None:
-    """Add the moving address while the images come in: the program is frozen by now, so nobody here uses it yet."""
+    """Add the moving address while the images arrive: the program is frozen by now, so its address is not in use."""
     if address is None:
         return
     move.address = address
@@ -142,11 +142,11 @@ def _add_address(agent: Agent, move: Incoming, address: str | None, prefix: int,
 
 
 def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str, Any]:
-    """Join the restored process with its NIC objects, tell every partner by RESUME from `source_ip`, let it run.
+    """Attach the restored process to its NIC objects, send RESUME from `source_ip` to every peer, and let it run.
 
-    Once the NIC was told to resume (event `migration_resumed`) there is no way back, so the program then runs here
-    whatever else fails. Returns {"init", "resume", "problem"}: its new init, what the NIC said of the RESUMEs, and what
-    went wrong after the point of no return, or None.
+    There is no way back once the NIC was asked to resume (event `migration_resumed`), so the program then runs on this
+    host whatever else fails. Returns {"init", "resume", "problem"}: its new init, the NIC's answer about the RESUMEs,
+    and what failed after the point of no return, or None.
     """
     move = _incoming(agent, migration)
     with move.lock, blame():
@@ -168,7 +168,7 @@ def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str,
                 uses_nic=bool(move.contexts), longest_gap=move.longest_gap,
             )  # fmt: skip
             if nic is not None:
-                # Past `timeout` the RESUMEs go on, but a partner that is silent must not keep the program frozen.
+                # RESUMEs are still repeated after `timeout`, but a silent peer must not keep the program frozen.
                 request = {"contexts": move.contexts, "source_ip": source_ip, "wait": True, "timeout": ACK_SECONDS}
                 with collect(problems):
                     answer = nic.command("resume", request, NIC_SECONDS)
@@ -176,16 +176,16 @@ def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str,
             restore.release()
             tree.change_policy(init, os.SCHED_OTHER, move.policy)
         shutil.rmtree(move.folder, ignore_errors=True)
-        agent.incoming.pop(migration, None)
+        _forget(agent, move)
     return {"init": init, "resume": answer, "problem": "; ".join(problems) or None}
 
 
 def migrate_abort(agent: Agent, *, migration: str) -> dict[str, Any]:
-    """Remove whatever there is of an incoming migration. Returns {"aborted": bool}: False if there was none."""
+    """Remove whatever exists of an incoming migration. Returns {"aborted": bool}: False if there was none."""
     move = agent.incoming.get(migration)
     if move is None:
         return {"aborted": False}
-    move.receiver.close()  # a receive that waits ends, and gives the lock back
+    move.receiver.close()  # an operation that waits in `receive` ends and releases the lock
     with move.lock:
         _abort(agent, move)
     return {"aborted": True}
@@ -195,12 +195,12 @@ def _abort(agent: Agent, move: Incoming) -> None:
     if move.done:
         return
     move.done = True
-    agent.incoming.pop(move.migration, None)
+    _forget(agent, move)
     move.receiver.close()
     if move.restore is not None:
         move.restore.abort()
     if move.contexts:
-        with contextlib.suppress(OperationError):  # a NIC that has died has forgotten them too
+        with contextlib.suppress(OperationError):  # a NIC that has ended has no objects any more
             running_nic(agent).command("discard", {"contexts": move.contexts}, NIC_SECONDS)
     if move.gid is not None:
         for address in ip6.both(move.gid):
@@ -212,8 +212,14 @@ def _abort(agent: Agent, move: Incoming) -> None:
     keep_logs(agent, move.folder)
 
 
+def _forget(agent: Agent, move: Incoming) -> None:
+    """The migration is over: drop it from the agent's state and from what the agent does at its own end."""
+    agent.incoming.pop(move.migration, None)
+    move.withdraw_end()
+
+
 def _incoming(agent: Agent, migration: str) -> Incoming:
     try:
         return agent.incoming[migration]
     except KeyError:
-        raise OperationError(f"no migration {migration!r} comes to this host") from None
+        raise OperationError(f"no migration {migration!r} to this host") from None

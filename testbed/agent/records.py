@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,15 @@ class App:
     argv: list[str]
     env: dict[str, str]
     init: int
-    """pid of its init, seen from the host; what is signalled, watched, dumped."""
+    """pid of its init as the host sees it, which is signalled, watched and dumped."""
     launcher: subprocess.Popen[bytes] | None = None
-    """The process outside the namespace; None for one that came by migration."""
+    """The process outside the namespace; None for an application that came by migration."""
     ended: dict[str, Any] | None = None
-    """How it ended: {"code": N} or {"signal": N}, and `at`, UNIX seconds; None while it runs."""
+    """How it ended: {"code": N} or {"signal": N}, with `at` in UNIX seconds; None while it runs."""
     uses_nic: bool = False
-    """The NIC was seen to have a context of it."""
+    """Whether the NIC was seen to have a user context of it."""
     longest_gap: float | None = None
-    """Longest time between two completions, seconds, as far as the NIC was asked (`poll_nic`)."""
+    """Longest time between two completions, in seconds, as last read from the NIC (`poll_nic`)."""
 
 
 class Nic:
@@ -46,7 +47,7 @@ class Nic:
         self.expected_end = False
 
     def command(self, command: str, arguments: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """One command to the control socket; its answer. `timeout` in seconds. Raises OperationError."""
+        """Send a command to the control socket and return its answer; `timeout` in seconds. Raises OperationError."""
         try:
             with ControlClient(self.directory / "control.sock", timeout) as client:
                 return client.call(command, **arguments)
@@ -55,13 +56,13 @@ class Nic:
             raise OperationError(str(error), hint=(self.why() if gone else None) or error.hint or None) from error
 
     def why(self) -> str | None:
-        """Where to look: the end of the NIC's log, if it says anything."""
+        """The end of the NIC's log, as a hint; None if the log is empty."""
         tail = log_tail(self.log)
         return f"the NIC's log ends with: {tail}" if tail else None
 
 
 def log_tail(path: Path, limit: int = 400) -> str:
-    """The last `limit` characters of a log, in one line."""
+    """The last `limit` characters of a log, on one line."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * limit))
@@ -113,5 +114,7 @@ class Incoming:
     """Address that was added for it."""
     gid: str | None = None
     """Address that was entered in the NIC's GID table for it."""
+    withdraw_end: Callable[[], None] = lambda: None
+    """Withdraws what the agent would do about it at its own end."""
     done: bool = False
     """Taken over or aborted."""

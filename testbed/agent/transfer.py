@@ -1,18 +1,19 @@
 """Files from one agent to another, over TCP between node addresses.
 
-Checkpoint images, the NIC's image, an application's folder. The bytes cross the emulated data network, so that their
-time is the topology's.
+These are checkpoint images, the NIC's image and an application's folder. They cross the emulated data network, so that
+the transfer takes as long as the topology makes it.
 
     sender                                             receiver
-    {"token"}\\n                                    →   wrong token: closed without a word
+    {"token"}\\n                                    →   wrong token: closed without an answer
     {"entries", "bytes"}\\n                        →
     for each entry:
       {"name", "kind", "mode", "uid", "gid", "size", "target"}\\n
       size bytes, CRC-32 (u32 little-endian)         →   written below the folder that the name's first part stands for
                                                     ←  {"ok": true, "bytes"}\\n or {"ok": false, "error"}\\n
 
-`kind` is "file", "dir" or "link" (then `target`, no bytes). A receiver that cannot store says why and reads on for a
-moment, so that its answer is not lost in a reset; the sender reports that answer rather than the broken connection.
+`kind` is "file", "dir" or "link" (with `target` and no bytes). A receiver that cannot store an entry answers with the
+reason and reads on for a moment, so that the answer is not lost in a reset; the sender reports that answer rather than
+the broken connection.
 """
 
 from __future__ import annotations
@@ -34,48 +35,48 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 try:
-    from isal.isal_zlib import crc32  # ten times zlib's speed, where it is installed
+    from isal.isal_zlib import crc32  # ten times as fast as zlib, where it is installed
 except ImportError:
     from zlib import crc32
 
 CONNECT_SECONDS = 10.0
 STALL_SECONDS = 20.0
-"""Longest wait for the other side to take or give a byte."""
+"""Longest wait for the other side to send or take a byte."""
 _CHUNK = 1 << 20
 _MAX_LINE = 1 << 16
 _CRC = struct.Struct("<I")
 
 
 class TransferFailed(Exception):
-    """The files did not arrive. The text says which side failed and why."""
+    """The files did not arrive. The message says which side failed, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing to send."""
+    """One file, folder or symbolic link to send."""
 
     name: str
-    """Name at the destination, "images/core-1.img": its first part says which folder."""
+    """Name at the destination, such as "images/core-1.img"; its first part names a folder of the receiver."""
     path: Path
-    """Where it lies here."""
+    """Its path on this host."""
 
 
 @dataclass(slots=True)
 class Received:
-    """What has arrived."""
+    """What a transfer has brought."""
 
     size: int = 0
     """Bytes of all files."""
     kept: dict[str, bytes] = field(default_factory=dict)
-    """Files that the receiver wanted in memory instead, by name."""
+    """The files that the receiver asked to keep in memory instead, by name."""
     began: float = 0.0
-    """time.monotonic() at which the first of it came."""
+    """time.monotonic() at which the first byte arrived."""
 
 
 def below(folder: Path, label: str) -> list[Entry]:
-    """Every file, folder and symbolic link below `folder`, folders before what they hold, named `label`/…
+    """List every file, folder and symbolic link below `folder` as `label`/…, folders before their content.
 
-    Sockets, FIFOs and devices are passed over: they mean something only where they are.
+    Sockets, FIFOs and devices are passed over, because they have no meaning on another host.
     """
     entries = []
     for place, folders, files in os.walk(folder):
@@ -88,10 +89,10 @@ def below(folder: Path, label: str) -> list[Entry]:
 
 
 class Sender:
-    """A connection to a waiting `Receiver`, made ahead of time: nothing is left to be set up in the blackout."""
+    """A connection to a waiting `Receiver`, made ahead of time, so that it is not set up during the blackout."""
 
     def __init__(self, address: str, port: int, token: str, source: str | None = None) -> None:
-        """Connect, from the own address `source` so that the path is the one meant. Raises TransferFailed."""
+        """Connect, from this host's address `source` if given, which decides the path. Raises TransferFailed."""
         try:
             self._connection = socket.create_connection(
                 (address, port), CONNECT_SECONDS, source_address=(source, 0) if source else None
@@ -105,10 +106,10 @@ class Sender:
             self._connection.sendall(json.dumps({"token": token}).encode() + b"\n")
         except OSError as error:
             self.close()
-            raise TransferFailed(f"the destination broke off: {error.strerror or error}") from error
+            raise TransferFailed(f"the connection to the destination broke: {error.strerror or error}") from error
 
     def send(self, entries: Iterable[Entry]) -> int:
-        """Send the entries; returns the bytes of content once all are stored there. Raises TransferFailed."""
+        """Send the entries and return their size in bytes once all of them are stored. Raises TransferFailed."""
         listed = list(entries)
         heads = [_describe(entry) for entry in listed]
         total = sum(int(head["size"]) for head in heads)
@@ -118,15 +119,15 @@ class Sender:
                 for entry, head in zip(listed, heads, strict=True):
                     _send_entry(connection, entry, head)
             except OSError as error:
-                why = _told(connection) or f"the destination broke off: {error.strerror or error}"
+                why = _complaint(connection) or f"the connection to the destination broke: {error.strerror or error}"
                 raise TransferFailed(why) from error
-            told = _told(connection)
-            if told is not None:
-                raise TransferFailed(told)
+            complaint = _complaint(connection)
+            if complaint is not None:
+                raise TransferFailed(complaint)
         return total
 
     def close(self) -> None:
-        """Break off; the receiver's `receive` fails. Idempotent."""
+        """Close the connection, which makes the receiver's `receive` fail. Idempotent."""
         self._connection.close()
 
 
@@ -161,8 +162,8 @@ def _send_entry(connection: socket.socket, entry: Entry, head: dict[str, Any]) -
     connection.sendall(_CRC.pack(checksum), socket.MSG_MORE)
 
 
-def _told(connection: socket.socket) -> str | None:
-    """The receiver's complaint, None if it is content; "…" if it says nothing."""
+def _complaint(connection: socket.socket) -> str | None:
+    """Read the receiver's answer: None if everything is stored, else what failed, also if there is no answer."""
     line = b""
     try:
         connection.shutdown(socket.SHUT_WR)
@@ -180,10 +181,10 @@ def _told(connection: socket.socket) -> str | None:
 
 
 class Receiver:
-    """One expected transfer: listens from construction on, takes the first sender that knows the token."""
+    """One expected transfer: it listens from construction on and accepts the first sender that knows the token."""
 
     def __init__(self, address: str) -> None:
-        """Listen on `address`, a port of the kernel's choice. Raises TransferFailed."""
+        """Listen on `address`, at a port that the kernel chooses. Raises TransferFailed."""
         try:
             self._listener = socket.create_server((address, 0), backlog=4)
         except OSError as error:
@@ -194,12 +195,12 @@ class Receiver:
         self._connection: socket.socket | None = None
 
     def close(self) -> None:
-        """End listening; a `receive` that waits ends with TransferFailed. Idempotent."""
+        """Stop listening; a `receive` that waits ends with TransferFailed. Idempotent."""
         if self._wake_write >= 0:
             os.close(self._wake_write)
             self._wake_write = -1
         if self._connection is not None:
-            with contextlib.suppress(OSError):  # it may have ended by itself
+            with contextlib.suppress(OSError):  # the connection may have ended by itself
                 self._connection.shutdown(socket.SHUT_RDWR)
 
     def receive(
@@ -207,22 +208,22 @@ class Receiver:
         folders: dict[str, Path],
         keep: Iterable[str] = (),
         timeout: float = 600.0,
-        begun: Callable[[], None] = lambda: None,
+        on_start: Callable[[], None] = lambda: None,
     ) -> Received:
-        """Wait for the sender and store what it sends. Raises TransferFailed, after telling the sender why.
+        """Wait for the sender and store what it sends. Raises TransferFailed after sending the reason to the sender.
 
-        `folders`: first part of a name → existing folder; a name elsewhere is refused. `keep`: names that are returned
-        instead of stored. `begun` is called when the first of it comes.
+        `folders`: first part of a name → existing folder; other names are refused. `keep`: names that are returned
+        instead of stored. `on_start` is called when the first byte arrives.
         """
         try:
             connection, stream = self._accept(timeout)
             self._connection = connection
             with connection:
-                connection.settimeout(timeout)  # the sender has connected ahead of time
+                connection.settimeout(timeout)  # the sender connects ahead of time
                 head = stream.line()
                 connection.settimeout(STALL_SECONDS)
                 received = Received(began=time.monotonic())
-                begun()
+                on_start()
                 try:
                     for _ in range(int(head["entries"])):
                         _store(stream, folders, frozenset(keep), received)
@@ -232,7 +233,7 @@ class Receiver:
                 connection.sendall(json.dumps({"ok": True, "bytes": received.size}).encode() + b"\n")
                 return received
         except (OSError, ValueError, KeyError) as error:
-            raise TransferFailed(f"the source broke off: {error}") from error
+            raise TransferFailed(f"the connection to the source broke: {error}") from error
         finally:
             self._listener.close()
             os.close(self._wake_read)
@@ -244,9 +245,9 @@ class Receiver:
             left = max(0.0, deadline - time.monotonic())
             ready = select.select([self._listener.fileno(), self._wake_read], [], [], left)[0]
             if not ready:
-                raise TransferFailed(f"no image came within {timeout:g} s")
+                raise TransferFailed(f"no image arrived within {timeout:g} s")
             if self._wake_read in ready:
-                raise TransferFailed("the transfer was called off")
+                raise TransferFailed("the transfer was cancelled")
             connection, _ = self._listener.accept()
             connection.settimeout(STALL_SECONDS)
             stream = _Stream(connection)
@@ -255,11 +256,11 @@ class Receiver:
                     return connection, stream
             except (OSError, TransferFailed):
                 pass
-            connection.close()  # a stranger
+            connection.close()  # it does not know the token
 
 
 class _Stream:
-    """Lines and blocks from a socket."""
+    """Reads lines and blocks from a socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -277,13 +278,13 @@ class _Stream:
         try:
             got = self._connection.recv_into(self._view[self._to :])
         except OSError as error:
-            raise TransferFailed(f"the source broke off: {error}") from error
+            raise TransferFailed(f"the connection to the source broke: {error}") from error
         if not got:
-            raise TransferFailed("the source ended in mid-transfer")
+            raise TransferFailed("the source closed the connection before everything had arrived")
         self._to += got
 
     def line(self) -> dict[str, Any]:
-        """The next line, a JSON object."""
+        """Read the next line, a JSON object."""
         while (end := self._buffer.find(b"\n", self._from, self._to)) < 0:
             if self._to - self._from > _MAX_LINE:
                 raise TransferFailed("the source does not speak this protocol")
@@ -299,7 +300,7 @@ class _Stream:
         return value
 
     def block(self, size: int, take: Callable[[memoryview], object]) -> None:
-        """Hand the next `size` bytes to `take`, in pieces that are valid during the call only."""
+        """Pass the next `size` bytes to `take`, in pieces that are valid only during the call."""
         while size:
             if self._from == self._to:
                 self._fill()
@@ -310,12 +311,12 @@ class _Stream:
 
 
 def _store(stream: _Stream, folders: dict[str, Path], keep: frozenset[str], received: Received) -> None:
-    """Take one entry from the stream."""
+    """Store one entry from the stream."""
     head = stream.line()
     name, kind, size = str(head["name"]), head["kind"], int(head["size"])
     parts = PurePosixPath(name).parts
     if len(parts) < 2 or parts[0] not in folders or ".." in parts:
-        raise TransferFailed(f"{name!r} belongs nowhere here")
+        raise TransferFailed(f"unexpected name {name!r}; allowed: below {', '.join(folders)}")
     path = folders[parts[0]].joinpath(*parts[1:])
     try:
         if kind == "dir":
@@ -339,7 +340,7 @@ def _verify(stream: _Stream, checksum: int, what: str) -> None:
     sent = bytearray()
     stream.block(_CRC.size, sent.extend)
     if _CRC.unpack(sent)[0] != checksum:
-        raise TransferFailed(f"{what} arrived damaged (checksum)")
+        raise TransferFailed(f"{what} arrived damaged (wrong checksum)")
 
 
 def _content(stream: _Stream, size: int) -> bytes:
@@ -367,7 +368,7 @@ def _write(stream: _Stream, path: Path, size: int) -> None:
 
 
 def _refuse(connection: socket.socket, why: str) -> None:
-    """Tell the sender and let it finish its sentence: closing at once would reset and lose the answer."""
+    """Send the reason, and read on for a moment: closing at once would reset the connection and lose the answer."""
     try:
         connection.sendall(json.dumps({"ok": False, "error": why}).encode() + b"\n")
         connection.shutdown(socket.SHUT_WR)
