@@ -1,4 +1,4 @@
-"""`python -m testbed.agent --host NAME --root DIR --interface IF`: started on a host by the harness, over SSH."""
+"""`python -m testbed.agent --host NAME --root DIR --interface IF`: started on a host by the testbed, over SSH."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from testbed.agent.table import OPS
 
 
 def main() -> None:
-    """Serve the channel on the standard streams until it closes."""
+    """Serve the channel on the standard streams until it closes, then end the process."""
     parser = argparse.ArgumentParser(prog="python -m testbed.agent", description=__doc__)
     parser.add_argument("--host", required=True, help="name of this host in the topology")
     parser.add_argument("--root", type=Path, default=Path("/run/migros"), help="private folder of this host")
     parser.add_argument("--interface", required=True, help="the data interface")
     options = parser.parse_args()
 
-    # The channel moves to descriptors of its own: nothing that a child or a library prints can get into it.
+    # The channel gets descriptors of its own, so that nothing a child or a library prints can get into it.
     read_fd, write_fd = (os.dup(fd) for fd in (0, 1))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -35,11 +35,11 @@ def main() -> None:
         os._exit(0)
 
     signal.signal(signal.SIGTERM, terminate)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the harness's to handle; it closes the channel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the testbed handles Ctrl-C and closes the channel
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     agent.serve(OPS)
     sys.stderr.flush()
-    os._exit(0)  # operations still blocked in threads must not hold up the end
+    os._exit(0)  # threads that are still blocked in operations must not delay the end
 
 
 if __name__ == "__main__":

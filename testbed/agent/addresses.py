@@ -1,6 +1,6 @@
-"""IP addresses on the data interface: added and removed as an application's address moves between hosts.
+"""IP addresses on the data interface, added and removed as an application's address moves between hosts.
 
-An address is an IPv4 address and the IPv6 address beside it (`testbed.base.ip6`).
+An IPv4 address always comes with its companion IPv6 address (`testbed.base.ip6`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from testbed.base import ip6
 
 
 def address_add(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
-    """Add `ip`/`prefix` to the data interface. Idempotent. (The controller answers ARP, so nothing is announced.)"""
+    """Add `ip`/`prefix` to the data interface. Idempotent. The controller answers ARP, so nothing is announced."""
     _run("ip", "address", "replace", f"{ip}/{prefix}", "dev", agent.interface)
     beside = f"{ip6.companion(ip)}/{ip6.NETWORK.prefixlen}"
     _run("ip", "-6", "address", "replace", beside, "dev", agent.interface, "nodad")
@@ -22,7 +22,7 @@ def address_add(agent: Agent, *, ip: str, prefix: int = 16) -> dict[str, Any]:
 
 
 def address_del(agent: Agent, *, ip: str) -> dict[str, Any]:
-    """Remove `ip` and the IPv6 address beside it, whatever their prefixes. Fine if they are not there."""
+    """Remove `ip` and its companion, whatever their prefix lengths. No error if they are not there."""
     wanted = ip6.both(ip)
     for address, length in _with_prefixes(agent.interface):
         if address in wanted:
@@ -31,17 +31,17 @@ def address_del(agent: Agent, *, ip: str) -> dict[str, Any]:
 
 
 def list_addresses(agent: Agent) -> dict[str, Any]:
-    """Addresses of the data interface: {"addresses": [ip, …]}."""
+    """Return the addresses of the data interface: {"addresses": [ip, …]}."""
     return {"addresses": addresses(agent.interface)}
 
 
 def addresses(interface: str) -> list[str]:
-    """Addresses of `interface`, in the kernel's order."""
+    """The addresses of `interface`, in the kernel's order."""
     return [address for address, _ in _with_prefixes(interface)]
 
 
 def _with_prefixes(interface: str) -> list[tuple[str, str]]:
-    """(address, length of its prefix)."""
+    """The addresses of `interface` with the lengths of their prefixes."""
     words = _run("ip", "-oneline", "address", "show", "dev", interface).split()
     found = [words[i + 1].partition("/") for i, word in enumerate(words) if word in ("inet", "inet6")]
     return [(address, length) for address, _, length in found]

@@ -1,8 +1,8 @@
 """Applications: unmodified programs, each under `app_init` in a pid namespace of its own.
 
 An application's folder `apps/<name>/` holds stdout, stderr and, once it has ended, `exit`; by default it is its working
-directory. What identifies a running one is its init: pid 1 of its namespace, root of the tree that CRIU dumps. The init
-of a migrated application changes (`adopt` at the destination, `release` at the source), its folder's path does not.
+directory. A running application is identified by its init: pid 1 of its namespace and root of the tree that CRIU dumps.
+A migration gives it another init (`adopt` at the destination, `release` at the source) and keeps its folder's path.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from testbed.agent.service import Agent
 
 
 def app_directory(agent: Agent, name: str) -> Path:
-    """Folder of application `name`; the same path on every host."""
+    """The folder of application `name`, which has the same path on every host."""
     return agent.apps_directory / name
 
 
 def find_app(agent: Agent, name: str) -> App:
-    """The application `name`. Raises OperationError if this host has none."""
+    """Return the application `name`. Raises OperationError if this host has none."""
     try:
         return agent.apps[name]
     except KeyError:
@@ -47,17 +47,17 @@ def start_app(
 ) -> dict[str, Any]:
     """Start `argv` as application `name`. Returns {"init": pid}.
 
-    `env` is added to the agent's environment; `rdma` adds what lets stock rdma-core find this host's NIC; `policy` is
-    app_init's. The event `app_exited` {app, code or signal, at} tells when it ends.
+    `env` is added to the agent's environment, `rdma` adds the variables by which stock rdma-core finds this host's NIC,
+    and `policy` is app_init's option. The event `app_exited` {app, code or signal, at} reports the end.
     """
     running = agent.apps.get(name)
     if running is not None and running.ended is None:
-        raise OperationError(f"application {name!r} runs already", blame="input")
+        raise OperationError(f"application {name!r} is already running", blame="input")
     if shutil.which(argv[0]) is None:
         raise OperationError(
             f"application {name!r}: {argv[0]!r} is not on this host",
             blame="input",
-            hint="a program in PATH, or the absolute path of an executable file",
+            hint="name a program in PATH, or the absolute path of an executable file",
         )
     directory = app_directory(agent, name)
     shutil.rmtree(directory, ignore_errors=True)
@@ -73,7 +73,7 @@ def start_app(
         command += ["--env", f"{variable}={value}"]
     launcher = subprocess.Popen(
         [*command, "--", *argv],
-        stdin=subprocess.PIPE,  # held open and never written: app_init's lifeline
+        stdin=subprocess.PIPE,  # held open and never written: app_init ends the program when it closes
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -90,7 +90,7 @@ def start_app(
 
 
 def _rdma_environment(agent: Agent) -> dict[str, str]:
-    """What an RDMA program needs so that stock rdma-core talks to this host's NIC."""
+    """The variables by which stock rdma-core finds this host's NIC."""
     try:
         bridge = str(build.path("bridge"))
     except build.BuildError as error:
@@ -104,7 +104,7 @@ def _rdma_environment(agent: Agent) -> dict[str, str]:
 
 
 def _take(agent: Agent, app: App) -> None:
-    """Enter `app`, watch its init, end it with the agent."""
+    """Enter `app` among the agent's applications, watch its init, and end it with the agent."""
     agent.apps[app.name] = app
     agent.at_end(lambda: _kill(agent, app))
     try:
@@ -133,7 +133,7 @@ def _note_end(agent: Agent, app: App) -> None:
 
 
 def read_exit(directory: Path) -> dict[str, Any]:
-    """What app_init wrote about the end; {"signal": 9} if it was killed itself and wrote nothing."""
+    """Read how the program ended from app_init's file; {"signal": 9} if app_init was killed before it wrote one."""
     try:
         lines = (directory / "exit").read_text().splitlines()
         kind, number = lines[0].split()
@@ -152,14 +152,14 @@ def adopt(
     uses_nic: bool = False,
     longest_gap: float | None = None,
 ) -> App:
-    """Take over an application that was restored here: `init` is its pid 1 as this host sees it."""
+    """Take over an application that was restored on this host; `init` is its pid 1 as this host sees it."""
     app = App(name, app_directory(agent, name), list(argv), dict(env), init, uses_nic=uses_nic, longest_gap=longest_gap)
     _take(agent, app)
     return app
 
 
 def release(agent: Agent, name: str) -> App:
-    """Forget an application that has moved away: its end here is no end. Its folder stays for reading."""
+    """Forget an application that has moved away, so that the end of the original is not reported. Its folder stays."""
     app = find_app(agent, name)
     agent.watch.unwatch(app.init)
     del agent.apps[name]
@@ -167,7 +167,7 @@ def release(agent: Agent, name: str) -> App:
 
 
 def app_status(agent: Agent, *, name: str) -> dict[str, Any]:
-    """State of one application: init, ended, processes [{pid, inner, name}], listening TCP ports."""
+    """Return the state of one application: init, ended, processes [{pid, inner, name}], listening TCP ports."""
     app = find_app(agent, name)
     members = list(namespace_members(app.init)) if app.ended is None else []
     return {
@@ -179,9 +179,9 @@ def app_status(agent: Agent, *, name: str) -> dict[str, Any]:
 
 
 def wait_app_ready(agent: Agent, *, name: str, patience: float) -> dict[str, Any]:
-    """Wait until the application listens on a TCP port (every server of perftest and rdma-core does) or has ended.
+    """Wait until the application listens on a TCP port, as every server of perftest and rdma-core does, or has ended.
 
-    Returns {"listening": [ports], "ended": …}; no port and not ended means that `patience` seconds have passed.
+    Returns {"listening": [ports], "ended": …}; if neither is the case, `patience` seconds have passed.
     """
     app = find_app(agent, name)
     deadline = time.monotonic() + patience
@@ -193,7 +193,7 @@ def wait_app_ready(agent: Agent, *, name: str, patience: float) -> dict[str, Any
 
 
 def _listening(pids: list[int]) -> set[int]:
-    """TCP ports on which one of `pids` listens in this network namespace (proc(5): /proc/net/tcp, state 0A)."""
+    """The TCP ports on which one of `pids` listens in this network namespace (proc(5): /proc/net/tcp, state 0A)."""
     inodes: dict[str, int] = {}
     for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
         try:

@@ -1,4 +1,4 @@
-"""JSON lines between harness and agent: one object per line, in both directions.
+"""JSON lines between testbed and agent: one object per line, in both directions.
 
     request   {"id": 7, "op": "start_app", "args": {…}}
     answer    {"id": 7, "ok": true, "result": {…}}
@@ -17,26 +17,26 @@ from collections.abc import Iterator
 from typing import Any
 
 MAX_LINE = 64 << 20
-"""Bytes of the longest line accepted; more is a defect or an attack, not a message."""
+"""Bytes of the longest line that is accepted; a longer one is a defect or an attack."""
 
 
 class ChannelClosed(Exception):
-    """The other side is gone."""
+    """The other side has closed the channel."""
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """One line, newline included."""
+    """Encode a message as one line, including the newline."""
     return json.dumps(message, separators=(",", ":"), default=str).encode() + b"\n"
 
 
 class LineReader:
-    """Cuts a byte stream into JSON objects."""
+    """Splits a byte stream into JSON objects."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """The objects that `data` completes. Raises ChannelClosed for what is no JSON object or too long."""
+        """Yield the objects that `data` completes. Raises ChannelClosed for a line that is none, or too long."""
         self._rest += data
         while (end := self._rest.find(b"\n")) >= 0:
             line = bytes(self._rest[:end])
@@ -55,7 +55,7 @@ class LineReader:
 
 
 class Channel:
-    """The agent's side: two descriptors. `send` may be called from any thread."""
+    """The agent's side, on two descriptors. `send` may be called from any thread."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd = read_fd
@@ -63,7 +63,7 @@ class Channel:
         self._lock = threading.Lock()
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Requests until the other side closes."""
+        """Yield the requests until the other side closes."""
         reader = LineReader()
         while data := os.read(self._read_fd, 1 << 16):
             yield from reader.feed(data)

@@ -1,4 +1,4 @@
-"""Reading files of this host: logs, captures, whatever the results folder shall keep."""
+"""Reading files of this host, such as logs and captures, for the results folder."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from testbed.agent.operations import OperationError
 from testbed.agent.service import Agent
 
 CHUNK = 8 << 20
-"""Bytes of one `read_file` answer at most."""
+"""Most bytes in one answer of `read_file`."""
 
 
 def read_log(agent: Agent, *, name: str, stream: str = "stdout", limit: int = 1 << 20) -> dict[str, Any]:
-    """The last `limit` bytes of an application's stream as text: {"text", "size"}; empty if there is none."""
+    """Return the last `limit` bytes of an application's stream as text: {"text", "size"}; empty if there is none."""
     if stream not in ("stdout", "stderr"):
-        raise OperationError(f"no stream {stream!r}: stdout or stderr", blame="input")
+        raise OperationError(f"no stream {stream!r}; allowed: stdout, stderr", blame="input")
     return _tail(str(app_directory(agent, name) / stream), limit)
 
 
 def read_nic_log(agent: Agent, *, limit: int = 1 << 20) -> dict[str, Any]:
-    """The last `limit` bytes of the NIC's log: {"text", "size"}."""
+    """Return the last `limit` bytes of the NIC's log: {"text", "size"}."""
     return _tail(str(agent.root / "nic.log"), limit)
 
 
@@ -37,7 +37,7 @@ def _tail(path: str, limit: int) -> dict[str, Any]:
 
 
 def read_file(agent: Agent, *, path: str, offset: int = 0) -> dict[str, Any]:
-    """Up to CHUNK bytes of any file from `offset`: {"base64", "size"}."""
+    """Return up to CHUNK bytes of any file from `offset` on: {"base64", "size"}."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

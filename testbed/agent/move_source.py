@@ -27,9 +27,9 @@ from testbed.checkpoint.restore import FIRST_IMAGE
 
 
 def migrate_begin(agent: Agent, *, app: str) -> dict[str, Any]:
-    """What others have to know of an application that is about to leave: {argv, env, pids, policy, longest_gap}.
+    """Return what the other ends need to know about an application: {argv, env, pids, policy, longest_gap}.
 
-    Fails where this host could not checkpoint it: it has ended, or no CRIU works here.
+    Raises OperationError if this host cannot checkpoint it, because it has ended or no CRIU works here.
     """
     found = apps.find_app(agent, app)
     if found.ended is not None:
@@ -37,7 +37,7 @@ def migrate_begin(agent: Agent, *, app: str) -> dict[str, Any]:
     with blame():
         criu_binary.find()
     if agent.nic is not None:
-        with contextlib.suppress(OperationError):  # the NIC will soon be told to forget the gaps so far
+        with contextlib.suppress(OperationError):  # the NIC will soon be asked to reset its gaps
             note_gaps(agent, running_nic(agent).command("gaps", {}, NIC_SECONDS)["contexts"])
     return {
         "argv": found.argv,
@@ -59,19 +59,20 @@ def migrate_send(
     source: str | None = None,
     leaving: str | None = None,
 ) -> dict[str, Any]:
-    """Freeze the application, dump it and its NIC objects, and bring both to the destination. It stays frozen.
+    """Freeze the application, dump it with its NIC objects, and send both to the destination. It remains frozen.
 
-    `address`, `port`, `token`: the destination's receiver (`migrate_prepare`); `source`: own node address to send from;
-    `leaving`: the address that moves along. The NIC gives it up as soon as everything is sent, so that a partner on
-    this same host looks for it on the wire from then on; the interface keeps it until the commit, for TCP after a
-    roll-back.
-    Returns {contexts, image_bytes, nic_image_bytes, app_bytes, bytes}. After an error the application runs on here.
+    `address`, `port`, `token`: the destination's receiver (`migrate_prepare`); `source`: this host's node address to
+    send from; `leaving`: the address that moves along. The NIC gives it up as soon as everything is sent, so that a
+    peer on the same host looks for it on the wire from then on; the interface keeps it until the commit, for TCP after
+    a roll-back.
+
+    Returns {contexts, image_bytes, nic_image_bytes, app_bytes, bytes}. After an error the application continues here.
     """
     found = apps.find_app(agent, app)
     if found.ended is not None:
         raise OperationError(f"application {app!r} has ended already")
     if migration in agent.outgoing:
-        raise OperationError(f"migration {migration!r} exists already", blame="input")
+        raise OperationError(f"migration {migration!r} already exists", blame="input")
     with blame():
         criu = criu_binary.find()
         move = Outgoing(migration, found, workspace(agent, migration, "out"))
@@ -80,13 +81,13 @@ def migrate_send(
             try:
                 sent = _send(agent, move, criu, lambda: Sender(address, port, token, source))
                 if leaving is not None and agent.nic is not None:
-                    with contextlib.suppress(OperationError):  # it never was in the GID table
+                    with contextlib.suppress(OperationError):  # it may not be in the GID table
                         running_nic(agent).command("address_remove", {"ip": leaving}, NIC_SECONDS)
                         move.gid = leaving
                         running_nic(agent).command("address_remove", {"ip": ip6.companion(leaving)}, NIC_SECONDS)
                 return sent
             except BaseException:
-                with contextlib.suppress(OperationError):  # what is left of it is for migrate_rollback to try again
+                with contextlib.suppress(OperationError):  # migrate_rollback tries again what has failed
                     _roll_back(agent, move)
                 raise
 
@@ -97,7 +98,7 @@ def _send(agent: Agent, move: Outgoing, criu: list[str], connect: Callable[[], S
     images = move.folder / "images"
     dump = move.dump = Dump(criu, move.app.init, images, move.folder / "work")
     with phase(agent, name, "freeze", dump.wait_freezing()):
-        # Also what is to stop must first be given a processor.
+        # The program needs processor time to be frozen, too.
         move.policy = os.sched_getscheduler(move.app.init)
         tree.change_policy(move.app.init, move.policy, os.SCHED_OTHER)
         dump.wait_frozen()
@@ -132,9 +133,9 @@ def _send(agent: Agent, move: Outgoing, criu: list[str], connect: Callable[[], S
 
 
 def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None = None) -> dict[str, Any]:
-    """The application runs at the destination: kill the original, forget its NIC objects, give up its address.
+    """Kill the original, because the application runs at the destination; remove its NIC objects and its address.
 
-    Returns {"problems": […]}: what could not be cleaned up; the migration has succeeded nevertheless.
+    Returns {"problems": […]}: what could not be cleaned up. The migration has succeeded nevertheless.
     """
     move = _outgoing(agent, migration)
     problems: list[str] = []
@@ -147,12 +148,12 @@ def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None =
             try:
                 move.dump.commit()
             except CriuFailed:
-                # A CRIU that died has let the program go: two copies must not run.
+                # A CRIU that died has let the program continue, but two copies must not run.
                 send_signal(released.init, signal.SIGKILL)
                 raise
         with collect(problems):
             if not wait_ended(released.init, END_SECONDS):
-                raise OperationError("the original does not end")
+                raise OperationError(f"the original did not end within {END_SECONDS:g} s after it was killed")
             if released.launcher is not None:
                 released.launcher.wait()
         if move.contexts:
@@ -169,7 +170,7 @@ def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None =
 
 
 def migrate_rollback(agent: Agent, *, migration: str) -> dict[str, Any]:
-    """The application runs on here. Returns {"rolled_back": bool}: False if nothing of it had begun."""
+    """Let the application continue here. Returns {"rolled_back": bool}: False if there is nothing to roll back."""
     move = agent.outgoing.get(migration)
     if move is None:
         return {"rolled_back": False}
@@ -179,9 +180,9 @@ def migrate_rollback(agent: Agent, *, migration: str) -> dict[str, Any]:
 
 
 def _roll_back(agent: Agent, move: Outgoing) -> None:
-    """CRIU resumes the tree, then the NIC its objects: what a RESUME brings needs somebody to take it.
+    """Let CRIU resume the process tree, then the NIC its queue pairs: what a RESUME brings needs a running program.
 
-    Every step is tried, whatever becomes of the others. Raises OperationError; what failed can then be tried again.
+    Every step is tried, also after one that fails. Raises OperationError; what failed can then be tried again.
     """
     if move.done:
         return
@@ -192,7 +193,7 @@ def _roll_back(agent: Agent, move: Outgoing) -> None:
     with collect(problems):
         if move.dump is not None:
             move.dump.roll_back()
-            with contextlib.suppress(OSError, BadImage):  # not there before the images are complete
+            with contextlib.suppress(OSError, BadImage):  # there is none before the images are complete
                 _remove_lock(move)
     with collect(problems):
         if move.policy is not None:
@@ -205,7 +206,7 @@ def _roll_back(agent: Agent, move: Outgoing) -> None:
             move.gid = None
     with collect(problems):
         if move.held and move.contexts:
-            # Not waited for: the program runs already, and a silent partner does not make the roll-back a failure.
+            # Not waited for: the program runs already, and a silent peer does not make the roll-back a failure.
             running_nic(agent).command("unhold", {"contexts": move.contexts, "wait": False}, NIC_SECONDS)
         move.held = False
     if problems:
@@ -216,7 +217,7 @@ def _roll_back(agent: Agent, move: Outgoing) -> None:
 
 
 def _remove_lock(move: Outgoing) -> None:
-    """CRIU's netfilter table, if it is still there. Raises OSError, BadImage."""
+    """Remove CRIU's netfilter table, if it still exists. Raises OSError, BadImage."""
     table = inventory.lock_table((move.folder / "images" / FIRST_IMAGE).read_bytes())
     if table is not None:
         network_lock.remove(table)
@@ -226,4 +227,4 @@ def _outgoing(agent: Agent, migration: str) -> Outgoing:
     try:
         return agent.outgoing[migration]
     except KeyError:
-        raise OperationError(f"no migration {migration!r} leaves this host") from None
+        raise OperationError(f"no migration {migration!r} from this host") from None

@@ -1,4 +1,4 @@
-"""What both ends of a migration share: whose fault an error is, when a phase began and ended, where images lie."""
+"""What both ends of a migration share: errors by blame, the events of a phase, and the folder of the images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from testbed.checkpoint.hooks import CriuFailed
 from testbed.checkpoint.inventory import BadImage
 
 NIC_IMAGE = "nic/image"
-"""Name of the NIC's image in the transfer."""
+"""The name of the NIC's image in the transfer."""
 NIC_SECONDS = 30.0
 """Bound on one command to the NIC."""
 
 
 @contextlib.contextmanager
 def blame() -> Iterator[None]:
-    """Errors of the parts below, as the agent tells them."""
+    """Raise errors of CRIU, the transfer and the system as OperationError, by blame."""
     try:
         yield
     except (CriuFailed, TransferFailed, BadImage) as error:
@@ -40,7 +40,7 @@ def blame() -> Iterator[None]:
 
 @contextlib.contextmanager
 def phase(agent: Agent, migration: str, name: str, began: float | None = None) -> Iterator[None]:
-    """Tell when a phase begins and, if it succeeds, when it ends."""
+    """Report when a phase begins and, if it succeeds, when it ends."""
     began = time.monotonic() if began is None else began
     agent.event("migration_phase", migration=migration, phase=name, began=began)
     yield
@@ -48,11 +48,12 @@ def phase(agent: Agent, migration: str, name: str, began: float | None = None) -
 
 
 def phase_ended(agent: Agent, migration: str, name: str, began: float, ended: float) -> None:
+    """Report the end of a phase; both times are in time.monotonic()."""
     agent.event("migration_phase", migration=migration, phase=name, began=began, ended=ended)
 
 
 def workspace(agent: Agent, migration: str, side: str) -> Path:
-    """An empty folder on the host's tmpfs for one end of a migration, with `images/` and `work/` in it."""
+    """Create the folder of one end of a migration on the host's tmpfs, with `images/` and `work/` in it."""
     folder = agent.root / "migrate" / f"{migration}.{side}"
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("images", "work"):
@@ -62,7 +63,7 @@ def workspace(agent: Agent, migration: str, side: str) -> Path:
 
 @contextlib.contextmanager
 def collect(problems: list[str]) -> Iterator[None]:
-    """Note what fails and go on: after the point of no return every further step is a clean-up."""
+    """Note an error instead of raising it, so that the remaining steps of a roll-back or clean-up are tried."""
     try:
         with blame():
             yield
@@ -71,7 +72,7 @@ def collect(problems: list[str]) -> Iterator[None]:
 
 
 def keep_logs(agent: Agent, folder: Path) -> None:
-    """Give back the memory that images take on the tmpfs; CRIU's logs stay, for the report."""
+    """Remove the folder, because images on a tmpfs take memory; keep CRIU's logs for the report."""
     logs = agent.root / "migrate" / f"{folder.name}.logs"
     logs.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(folder / "work"):

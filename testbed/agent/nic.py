@@ -1,4 +1,4 @@
-"""The host's NIC process: starting and watching it, and passing commands to its control socket."""
+"""The operations on the host's NIC process: start and stop it, and pass commands to its control socket."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def start_nic(
     options: list[str] | None = None,
     patience: float = 20.0,
 ) -> dict[str, Any]:
-    """Start the NIC on the data interface and wait for its line `ready`.
+    """Start the NIC on the data interface and wait for its line `ready`. Returns {"pid", "seconds"}.
 
-    `options`: further arguments as `softroce_ext` takes them (`--no-migros`, `--capture FILE`, …). Returns its pid.
+    `options` are further arguments of `softroce_ext`, such as `--no-migros` or `--capture FILE`.
     """
     if agent.nic is not None and agent.nic.process.poll() is None:
-        raise OperationError("this host has a NIC already", hint="one data interface, one NIC")
+        raise OperationError("this host has a NIC already", hint="there is one NIC for the one data interface")
     directory = agent.nic_directory
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -76,7 +76,7 @@ def start_nic(
 
 
 def _ready(process: subprocess.Popen[bytes], deadline: float) -> bool:
-    """Read standard output up to the line `ready`; False at its end or at the deadline."""
+    """Read standard output up to the line `ready`. Returns False at the end of the output or at the deadline."""
     assert process.stdout is not None
     received = b""
     while (left := deadline - time.monotonic()) > 0:
@@ -93,22 +93,22 @@ def _ready(process: subprocess.Popen[bytes], deadline: float) -> bool:
 
 
 def running_nic(agent: Agent) -> Nic:
-    """The host's NIC. Raises OperationError if none was started or it has ended."""
+    """Return the host's NIC. Raises OperationError if none was started or it has ended."""
     if agent.nic is None:
         raise OperationError("no NIC was started on this host")
     code = agent.nic.process.poll()
     if code is not None:
-        raise OperationError(f"the NIC has ended with {code}", hint=agent.nic.why())
+        raise OperationError(f"the NIC has ended with code {code}", hint=agent.nic.why())
     return agent.nic
 
 
 def nic_command(agent: Agent, *, command: str, patience: float = 30.0, **arguments: Any) -> dict[str, Any]:
-    """Pass one command to the NIC's control socket (softroce_ext.control has the table); its answer."""
+    """Pass one command to the NIC's control socket and return its answer; docs/nic-control.md lists the commands."""
     return running_nic(agent).command(command, arguments, patience)
 
 
 def stop_nic(agent: Agent, *, kill: bool = False) -> dict[str, Any]:
-    """End the NIC in order, or by SIGKILL (a crash, for experiments: then the event `nic_ended` comes)."""
+    """End the NIC in order; with `kill` by SIGKILL, as if it had crashed (the event `nic_ended` follows)."""
     nic = running_nic(agent)
     nic.expected_end = not kill
     send_signal(nic.process.pid, signal.SIGKILL if kill else signal.SIGTERM)
@@ -116,9 +116,9 @@ def stop_nic(agent: Agent, *, kill: bool = False) -> dict[str, Any]:
 
 
 def poll_nic(agent: Agent, *, interval: float) -> None:
-    """Every `interval` seconds until NIC or agent ends: the event `counters`, and how long each application has waited.
+    """Send the event `counters` and note each application's longest gap every `interval` seconds, until the NIC ends.
 
-    An application's context is gone as soon as it ends, so its longest gap between completions is what was last seen.
+    An application's user context is gone when it ends, so its longest gap is the one that was read last.
     """
 
     def poll() -> None:
@@ -136,7 +136,7 @@ def poll_nic(agent: Agent, *, interval: float) -> None:
 
 
 def note_gaps(agent: Agent, contexts: list[dict[str, Any]]) -> None:
-    """Take over the longest gap (seconds) of each context into the application that it belongs to."""
+    """Note the longest gap (seconds) of each user context at the application that it belongs to."""
     known = {context["pid"]: context["longest"] or 0.0 for context in contexts}
     for app in list(agent.apps.values()) if known else ():
         if app.ended is None and (gaps := [known[pid] for pid in namespace_members(app.init) if pid in known]):

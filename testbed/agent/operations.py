@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 Blame = Literal["input", "environment", "run"]
-"""Whose fault: what the user asked for, what this host lacks, or something that happened during the run."""
+"""Whose fault an error is: the request's, this host's, or that of something that happened during the run."""
 
 Operation = Callable[..., "dict[str, Any] | None"]
 
 
 class OperationError(Exception):
-    """An operation could not be done: one sentence, whose fault, and what to do about it."""
+    """An operation failed: one sentence, whose fault it is, and what to do about it."""
 
     def __init__(self, message: str, *, blame: Blame = "run", hint: str | None = None) -> None:
         super().__init__(message)

@@ -1,6 +1,6 @@
-"""Processes of this host: waiting for their end without being their parent, and ending whole pid namespaces.
+"""Processes of this host: waiting for their end without being their parent, signals, and pid namespaces.
 
-A restored application is no child of the agent, so every watch is a pidfd (pidfd_open(2), Linux 5.3).
+A restored application is not a child of the agent, so every watch is a pidfd (pidfd_open(2), Linux 5.3).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ProcessWatch:
             self._poll.register(descriptor, select.EPOLLIN)
 
     def unwatch(self, pid: int) -> None:
-        """Forget `pid`; its end is nobody's business any more."""
+        """Stop watching `pid`."""
         with self._lock:
             for descriptor, (watched, _) in list(self._watched.items()):
                 if watched == pid:
@@ -47,7 +47,7 @@ class ProcessWatch:
         while True:
             for descriptor, _ in self._poll.poll():
                 with self._lock:
-                    # One that was forgotten since the poll may have left its number to another, whose process lives.
+                    # Since the poll, the descriptor may have been closed and its number reused for a live process.
                     if descriptor not in self._watched or not select.select([descriptor], [], [], 0)[0]:
                         continue
                     ended = self._watched[descriptor][1]
@@ -56,7 +56,7 @@ class ProcessWatch:
 
 
 def wait_ended(pid: int, timeout: float) -> bool:
-    """Wait up to `timeout` seconds for the end of `pid` (need not be a child); whether it has ended."""
+    """Wait up to `timeout` seconds for the end of `pid`, which need not be a child. Returns whether it has ended."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -68,7 +68,7 @@ def wait_ended(pid: int, timeout: float) -> bool:
 
 
 def send_signal(pid: int, number: int) -> bool:
-    """Send a signal; False when there is no such process."""
+    """Send a signal. Returns False if there is no such process."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -84,7 +84,7 @@ def end(pid: int, patience: float = 2.0) -> None:
 
 
 def namespace_members(init_pid: int) -> Iterator[int]:
-    """Every process in the pid namespace whose pid 1 is `init_pid` (numbers as this process sees them)."""
+    """Yield every process in the pid namespace whose pid 1 is `init_pid`, by its number in this process's namespace."""
     try:
         space = os.readlink(f"/proc/{init_pid}/ns/pid")
     except OSError:
@@ -99,7 +99,7 @@ def namespace_members(init_pid: int) -> Iterator[int]:
 
 
 def inner_pid(pid: int) -> int | None:
-    """`pid` as its innermost pid namespace numbers it (NSpid of proc_pid_status(5)); None if it has ended."""
+    """The number of `pid` in its innermost pid namespace (NSpid of proc_pid_status(5)); None if it has ended."""
     try:
         with open(f"/proc/{pid}/status") as status:
             for line in status:
@@ -111,7 +111,7 @@ def inner_pid(pid: int) -> int | None:
 
 
 def command_name(pid: int) -> str:
-    """The process's comm, empty if it has ended."""
+    """The name of a process (proc(5), comm); empty if it has ended."""
     try:
         with open(f"/proc/{pid}/comm") as file:
             return file.read().strip()

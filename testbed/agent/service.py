@@ -1,4 +1,4 @@
-"""The agent itself: requests in, answers and events out, and an orderly end of all that it started."""
+"""The agent itself: it answers requests, sends events, and ends everything that it started."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from testbed.agent.records import App, Incoming, Nic, Outgoing
 
 
 class Agent:
-    """State of one host's agent, handed to every operation as its first argument."""
+    """The state of one host's agent; every operation gets it as its first argument."""
 
     def __init__(self, host: str, channel: Channel, root: Path, interface: str) -> None:
         self.host = host
         """Name of the host in the topology."""
         self.root = root
-        """The host's private folder, /run/migros: nic/ and apps/<name>/ are below."""
+        """The host's private folder, /run/migros, with nic/ and apps/<name>/ in it."""
         self.interface = interface
         """The data interface."""
         self.watch = ProcessWatch()
         self.apps: dict[str, App] = {}
-        """Applications that this host runs or ran, by name."""
+        """The applications that this host runs or ran, by name."""
         self.nic: Nic | None = None
         self.outgoing: dict[str, Outgoing] = {}
-        """Migrations under way from this host, by name."""
+        """Migrations in progress from this host, by name; one that is over is not kept."""
         self.incoming: dict[str, Incoming] = {}
-        """Migrations under way to this host, by name."""
+        """Migrations in progress to this host, by name; one that is over is not kept."""
         self._channel = channel
         self._endings: list[Callable[[], None]] = []
         self._lock = threading.Lock()
@@ -44,35 +44,35 @@ class Agent:
 
     @property
     def nic_directory(self) -> Path:
-        """Run folder of the NIC process."""
+        """The run folder of the NIC process."""
         return self.root / "nic"
 
     @property
     def apps_directory(self) -> Path:
-        """Parent of every application's folder."""
+        """The parent of every application's folder."""
         return self.root / "apps"
 
     def event(self, name: str, **fields: Any) -> None:
-        """Tell the harness that something happened; `t` is this machine's time.monotonic()."""
+        """Report to the testbed that something happened; `t` is this machine's time.monotonic()."""
         if self._closing:
             return
-        with contextlib.suppress(ChannelClosed):  # the read side sees the same and ends the agent
+        with contextlib.suppress(ChannelClosed):  # the reading side notices it, too, and ends the agent
             self._channel.send({"event": name, "host": self.host, "t": time.monotonic(), **fields})
 
     def at_end(self, ending: Callable[[], None]) -> Callable[[], None]:
-        """Call `ending()` when the agent ends, newest first. Returns a function that takes it back."""
+        """Call `ending()` when the agent ends, newest first. Returns a function that withdraws it."""
         with self._lock:
             self._endings.append(ending)
 
-        def take_back() -> None:
+        def withdraw() -> None:
             with self._lock:
                 if ending in self._endings:
                     self._endings.remove(ending)
 
-        return take_back
+        return withdraw
 
     def serve(self, operations: Mapping[str, Operation]) -> None:
-        """Answer requests until the channel closes or the operation `shutdown` comes, then end everything."""
+        """Answer requests until the channel closes or `shutdown` is requested, then end everything."""
         self._operations = operations
         try:
             self._channel.send({"event": "hello", "host": self.host, "t": time.monotonic(), **_about()})
@@ -88,7 +88,7 @@ class Agent:
             self.end_everything()
 
     def end_everything(self) -> None:
-        """End all that the agent started, newest first. Idempotent; goes on after a failure."""
+        """End everything that the agent started, newest first. Idempotent; continues after a failure."""
         self._closing = True
         while True:
             with self._lock:
@@ -112,7 +112,7 @@ class Agent:
         except OperationError as error:
             answer |= {"ok": False, "error": error.message, "blame": error.blame, "hint": error.hint}
         except Exception as error:
-            # A defect, or a failure that no operation foresaw: the harness shows the sentence, the log has the trace.
+            # A defect, or an error that the operation does not handle: the testbed shows it, the log has the trace.
             traceback.print_exc()
             answer |= {"ok": False, "error": f"{type(error).__name__}: {error}", "blame": "run", "hint": None}
         with contextlib.suppress(ChannelClosed):

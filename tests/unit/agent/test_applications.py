@@ -161,7 +161,7 @@ def test_lost_agent_takes_its_own_programs_only(world: Any) -> None:
     assert w.apps.all["a"].signal == 9
 
 
-def test_partners_of_a_failed_program_are_ended_and_no_others(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_of_a_failed_program_are_ended_and_no_others(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FAILURE_GRACE", 0.05)
     w = world("{a: {host: h1, command: x}, b: {host: h2, command: x, after: a}, lone: {host: h3, command: x}}")
     w.apps.start_all()
@@ -171,10 +171,10 @@ def test_partners_of_a_failed_program_are_ended_and_no_others(world: Any, monkey
     assert w.journal[-1] == "kill b" and w.apps.all["lone"].running
     judged = {app.name: app for app in w.apps.collect()}
     assert not judged["a"].ok and not judged["b"].ok
-    assert "its partner a ended with code 1" in w.apps.all["b"].problems[0].error
+    assert "its peer a ended with code 1" in w.apps.all["b"].problems[0].error
 
 
-def test_programs_whose_nic_has_ended_are_ended_and_then_their_partners(
+def test_programs_whose_nic_has_ended_are_ended_and_then_their_peers(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "FAILURE_GRACE", 0.05)
@@ -187,7 +187,7 @@ def test_programs_whose_nic_has_ended_are_ended_and_then_their_partners(
     assert "the NIC of h1 has ended" in w.apps.all["a"].problems[0].error
 
 
-def test_good_end_of_a_partner_ends_no_other(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_end_of_a_peer_ends_no_other(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FAILURE_GRACE", 0.0)
     w = world("{a: {host: h1, command: x}, b: {host: h2, command: x, after: a}}")
     w.apps.start_all()

@@ -154,7 +154,7 @@ def test_what_cannot_start_says_so(agent: Fixture, tmp_path: Path) -> None:
     assert end_of(events)["code"] == 127
     assert "cannot execute" in host.call("read_log", name="app", stream="stderr")["text"]
     start(host, "sleep", "1000", name="twice")
-    with pytest.raises(BadInput, match="runs already"):
+    with pytest.raises(BadInput, match="already running"):
         start(host, "sleep", "1000", name="twice")
 
 
