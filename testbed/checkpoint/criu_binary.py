@@ -1,8 +1,8 @@
 """Which CRIU this machine can use: the first that passes `criu check` on the running kernel and is new enough.
 
 Order: `$TESTBED_CRIU` (a command, split as a shell would), the private prefix that `install_criu` makes, the system's.
-A prefix is started through its own dynamic loader and libraries: with the system's, restore fails (`PR_SET_MM_MAP`),
-and the system's libc stays untouched.
+A prefix is started through its own dynamic loader and libraries, because restore fails with the system's
+(`PR_SET_MM_MAP`) and the system's libc must not change.
 
 CRIU 4.2 is the oldest that can dump a TCP or UDP socket on Linux 6.18; older ones fail there with "Can't get 1:16 opt".
 """
@@ -26,21 +26,21 @@ PREFIX = Path("/var/lib/migros-testbed/criu")
 MINIMUM = (4, 2)
 """Oldest CRIU that moves TCP on current kernels."""
 _SECONDS = 30.0
-"""Bound on `criu check`: a broken one may hang."""
+"""Bound on `criu check`, since a broken CRIU may hang."""
 
 
 class Criu(NamedTuple):
     """A usable CRIU."""
 
     command: tuple[str, ...]
-    """Prefix of its command line."""
+    """The words that start its command line."""
     version: tuple[int, ...]
     origin: str
     """Where it was found, for the report: "$TESTBED_CRIU", the prefix's path, or "system"."""
 
 
 def prefix_command(prefix: Path) -> list[str] | None:
-    """Command line of the CRIU in an unpacked Debian prefix, or None if there is none in it."""
+    """The command line of the CRIU in an unpacked Debian prefix, or None if the prefix has none."""
     criu = next((path for path in (prefix / "usr/sbin/criu", prefix / "sbin/criu") if path.exists()), None)
     loaders = sorted(prefix.glob("usr/lib/*/ld-linux*.so.*")) + sorted(prefix.glob("lib/*/ld-linux*.so.*"))
     if criu is None or not loaders:
@@ -50,7 +50,7 @@ def prefix_command(prefix: Path) -> list[str] | None:
 
 
 def candidates(prefix: Path = PREFIX) -> Iterator[tuple[str, list[str]]]:
-    """Every CRIU worth trying, best first, as (origin, command)."""
+    """Yield every CRIU that may be used, best first, as (origin, command)."""
     chosen = os.environ.get("TESTBED_CRIU")
     if chosen:
         yield "$TESTBED_CRIU", shlex.split(chosen)
@@ -63,7 +63,7 @@ def candidates(prefix: Path = PREFIX) -> Iterator[tuple[str, list[str]]]:
 
 
 def version_of(command: list[str]) -> tuple[int, ...]:
-    """Version as a tuple, e.g. (4, 2, 1). Raises EnvironmentProblem if the command is not a CRIU."""
+    """The version of a CRIU, such as (4, 2, 1). Raises EnvironmentProblem if the command is not a CRIU."""
     try:
         answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -71,12 +71,14 @@ def version_of(command: list[str]) -> tuple[int, ...]:
     found = re.search(r"^Version:\s*(\d+(?:\.\d+)*)", answer.stdout, re.MULTILINE)
     if not found:
         text = (answer.stderr or answer.stdout).strip().splitlines()
-        raise EnvironmentProblem(f"is no CRIU: {text[-1] if text else 'it says nothing'}", where=shlex.join(command))
+        raise EnvironmentProblem(
+            f"is not CRIU: {text[-1] if text else 'it prints no version'}", where=shlex.join(command)
+        )
     return tuple(int(part) for part in found.group(1).split("."))
 
 
 def check(command: list[str], minimum: tuple[int, ...] = MINIMUM) -> tuple[int, ...]:
-    """Version of a CRIU that works on this kernel. Raises EnvironmentProblem, with CRIU's own reason, otherwise."""
+    """The version of a CRIU that works on this kernel. Raises EnvironmentProblem with CRIU's own reason otherwise."""
     version = version_of(command)
     where = shlex.join(command)
     if version < minimum:
@@ -105,15 +107,15 @@ def _usable(prefix: Path, minimum: tuple[int, ...], chosen: str | None) -> Criu:
                 break  # the user's choice is never silently replaced
     raise EnvironmentProblem(
         "no CRIU works here: " + ("; ".join(refused) or "none is installed"),
-        hint="`./bootstrap` installs one into " + str(prefix),
+        hint=f"`./bootstrap` installs one into {prefix}",
     )
 
 
 def usable(prefix: Path = PREFIX, minimum: tuple[int, ...] = MINIMUM) -> Criu:
-    """The CRIU to use, checked once per process. Raises EnvironmentProblem that names every one tried and why not."""
+    """The CRIU to use, checked once per process. Raises EnvironmentProblem with the reason for each one tried."""
     return _usable(prefix, minimum, os.environ.get("TESTBED_CRIU"))
 
 
 def find() -> list[str]:
-    """Command prefix of the CRIU to use. Raises EnvironmentProblem."""
+    """The words that start the command line of the CRIU to use. Raises EnvironmentProblem."""
     return list(usable().command)

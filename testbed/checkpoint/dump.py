@@ -1,14 +1,14 @@
-"""One checkpoint of a running process tree: `criu dump`, held at the two moments where others have to act.
+"""One checkpoint of a running process tree: `criu dump`, held at the two points where the caller has to act.
 
-    Dump(...)            CRIU starts (its start-up costs nothing: the program still runs)
-    wait_frozen()        the tree is frozen, no page copied: stop whatever writes into its memory
+    Dump(...)            CRIU starts while the program still runs
+    wait_frozen()        the tree is frozen and no page is copied: stop everything that writes into its memory
     copy()               CRIU copies memory and state
-    wait_copied()        images complete, tree still frozen: carry them away, restore them elsewhere
+    wait_copied()        the images are complete, the tree is still frozen: transfer them, restore them elsewhere
     commit()             CRIU kills the tree            — or —
-    roll_back()          CRIU resumes the tree, open TCP connections included; possible at every moment before `commit`
+    roll_back()          CRIU thaws the tree, open TCP connections included; possible at every moment before `commit`
 
-Established TCP connections are locked by CRIU (nftables) from the copy on: no segment of the partner gets an answer, so
-none gets a reset. After a commit the lock stays, deliberately, until `network_lock.flush`.
+CRIU locks established TCP connections (nftables) before it copies: the peer's segments are dropped, so that none is
+answered by a reset. After a commit the lock stays, deliberately, until `network_lock.remove`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ COMMON_OPTIONS = (
     "nftables",
     "-v3",
 )
-"""Options that dump and restore must agree on. Cgroups stay the host's: a virtual host is not one."""
+"""Options that dump and restore must share. CRIU leaves cgroups alone, because a virtual host has none of its own."""
 NICE = -10
-"""Of CRIU itself (the restored program gets its own value back): whoever runs meanwhile prolongs the blackout."""
+"""Nice value of CRIU (the restored program gets its own back): what runs meanwhile prolongs the blackout."""
 FREEZE_SECONDS = 30.0
 COPY_SECONDS = 300.0
 END_SECONDS = 60.0
-"""Bounds on CRIU's steps, generous: under CPU steal a dump that takes 0.1 s was seen to take 12 s."""
+"""Generous bounds on CRIU's steps: a dump that takes 0.1 s was seen to take 12 s on a busy virtual machine."""
 
 
 def start(command: list[str], variables: dict[str, str], errors: Path) -> subprocess.Popen[bytes]:
-    """Start CRIU in a session of its own, what it prints in `errors`. Raises CriuFailed."""
+    """Start CRIU in a session of its own, with its output in the file `errors`. Raises CriuFailed."""
     try:
         with errors.open("wb") as stream:
             process = subprocess.Popen(
@@ -53,17 +53,17 @@ def start(command: list[str], variables: dict[str, str], errors: Path) -> subpro
                 start_new_session=True,
             )
     except OSError as error:
-        raise CriuFailed(f"{command[0]} cannot be started: {error.strerror}") from error
-    with contextlib.suppress(OSError):  # a machine may forbid it
+        raise CriuFailed(f"cannot start {command[0]}: {error.strerror}") from error
+    with contextlib.suppress(OSError):  # not allowed on every machine
         os.setpriority(os.PRIO_PROCESS, process.pid, NICE)
     return process
 
 
 class Dump:
-    """A checkpoint in progress. `images` must be an existing, empty folder on a tmpfs; `work` holds log and socket."""
+    """A checkpoint in progress. `images` is an existing, empty folder on a tmpfs; `work` holds log and socket."""
 
     def __init__(self, criu: list[str], pid: int, images: Path, work: Path) -> None:
-        """Start dumping the tree below `pid`. Raises CriuFailed if CRIU cannot be started, BuildError."""
+        """Start to dump the tree below `pid`. Raises BuildError, or CriuFailed if CRIU cannot be started."""
         self.images = images
         self.log = work / "dump.log"
         self._hooks = Hooks(work / "dump.sock")
@@ -96,49 +96,49 @@ class Dump:
             raise error from failure
 
     def wait_freezing(self, timeout: float = FREEZE_SECONDS) -> float:
-        """time.monotonic() at which CRIU began to freeze the tree. Raises CriuFailed; then the tree runs on."""
+        """Wait until CRIU starts to freeze the tree; return the time.monotonic(). After CriuFailed the tree runs."""
         return self._wait("pause", timeout).at
 
     def wait_frozen(self, timeout: float = FREEZE_SECONDS) -> float:
-        """time.monotonic() at which the tree stood still. Raises CriuFailed; then the tree runs on."""
+        """Wait until the tree is frozen; return the time.monotonic(). After CriuFailed the tree runs."""
         self._frozen = self._wait("checkpoint", timeout)
         return self._frozen.at
 
     def copy(self) -> None:
-        """Let CRIU copy memory and state. Returns at once."""
+        """Let CRIU copy memory and state, without waiting for it."""
         if self._frozen is not None:
             self._frozen.answer(True)
 
     def wait_copied(self, timeout: float = COPY_SECONDS) -> float:
-        """time.monotonic() at which the images were complete. Raises CriuFailed; then the tree runs on."""
+        """Wait until the images are complete; return the time.monotonic(). After CriuFailed the tree runs."""
         self._copied = self._wait("post-dump", timeout)
         return self._copied.at
 
     def commit(self, timeout: float = END_SECONDS) -> None:
-        """Let CRIU kill the tree. Raises CriuFailed if CRIU did not end in order."""
+        """Let CRIU kill the tree. Raises CriuFailed if CRIU does not end successfully."""
         if self._copied is None:
-            raise CriuFailed("the images are not complete; nothing to commit")
+            raise CriuFailed("nothing to commit: the images are not complete")
         self._copied.answer(True)
         code = self._end(timeout)
         if code != 0:
-            raise self._failed(f"ended with {code} after the program was to be killed")
+            raise self._failed(f"ended with code {code} after it was to kill the program")
 
     def _failed(self, fallback: str) -> CriuFailed:
         errors = criu_log.errors(self.log)
         return CriuFailed(f"criu dump: {criu_log.summary(errors, fallback)}", errors)
 
     def roll_back(self, timeout: float = END_SECONDS) -> None:
-        """Let CRIU resume the tree and end. Idempotent; after it nothing of the checkpoint holds the program."""
+        """Let CRIU thaw the tree and end. Idempotent; afterwards nothing of the checkpoint affects the program."""
         if self._ended:
             return
         for call in (self._frozen, self._copied):
             if call is not None:
                 call.answer(False)
-        self._hooks.close()  # a hook that is still to come finds nobody, which is a "no"
+        self._hooks.close()  # a hook that is still to come finds no listener, which is a "no"
         self._end(timeout)
 
     def _end(self, timeout: float) -> int:
-        """Exit status of CRIU. It is interrupted only after `timeout`: a killed CRIU would leave the tree traced."""
+        """Wait for CRIU's exit status; terminate it only after `timeout`: a killed CRIU leaves the tree traced."""
         if self._ended:
             return self.process.wait()
         try:
@@ -152,5 +152,5 @@ class Dump:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes in all images so far."""
+        """Size of all images so far, in bytes."""
         return sum(entry.stat().st_size for entry in os.scandir(self.images) if entry.is_file())

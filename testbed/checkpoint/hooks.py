@@ -1,8 +1,8 @@
 """The agent's end of CRIU's hooks: a Unix socket to which the plugin and the action script connect, report and wait.
 
 Both are C programs of `softroce_ext.native` (`criu_hook.c`, `criu_notify.c`, where the lines are described). A caller
-waits for one named call at a time; CRIU stays blocked until the call is answered, and takes the end of the agent (the
-kernel closes the socket) for a "no". So an agent that dies leaves no program frozen.
+waits for one named call at a time. CRIU is blocked until the call is answered, and takes the end of the agent, whose
+socket the kernel closes, for a "no". Thus an agent that dies leaves no program frozen.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from testbed.checkpoint.criu_log import LogError
 ENVIRONMENT = "TESTBED_CRIU_SOCKET"
 STAGES = "TESTBED_CRIU_STAGES"
 MAX_SOCKET_PATH = 107
-"""Bytes of a Unix socket's path (unix(7), sun_path without its end)."""
+"""Longest path of a Unix socket, in bytes (unix(7): sun_path without its terminating zero)."""
 
 
 class CriuFailed(Exception):
-    """CRIU gave up, ended early or did not call in time. The text has CRIU's own reason if there is one."""
+    """CRIU failed, ended early or did not call in time. The message has CRIU's own reason if it logged one."""
 
     def __init__(self, message: str, errors: Sequence[LogError] = ()) -> None:
         super().__init__(message)
         self.errors = tuple(errors)
-        """What CRIU logged, if it logged an error."""
+        """The errors that CRIU logged."""
 
     def has(self, number: int) -> bool:
         """Whether one of CRIU's errors was this errno."""
@@ -41,24 +41,24 @@ class CriuFailed(Exception):
 
 @dataclass(slots=True)
 class Call:
-    """One report of CRIU, possibly waiting for an answer."""
+    """One call of CRIU, which may wait for an answer."""
 
     name: str
     """"pause", "checkpoint" (the plugin) or an action script's stage, such as "post-dump"."""
     pid: int
-    """Process that CRIU names, as this process numbers it; 0 if it names none."""
+    """The process that CRIU names, as this process numbers it; 0 if it names none."""
     at: float
     """time.monotonic() when it was read."""
     _connection: socket.socket
 
     def answer(self, go: bool) -> None:
-        """Let CRIU carry on, or refuse. A CRIU that is gone already is no error here: its exit status tells."""
+        """Let CRIU continue, or refuse. It is no error here if CRIU has ended; its exit status says so."""
         with contextlib.suppress(OSError):
             self._connection.sendall(b"go\n" if go else b"abort\n")
 
 
 class Hooks:
-    """Listens at `path` from construction to `close`. Used by one thread at a time."""
+    """A socket that listens at `path` from construction to `close`. Used by one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
@@ -72,11 +72,11 @@ class Hooks:
         self._calls: list[Call] = []
 
     def environment(self, *stages: str) -> dict[str, str]:
-        """Environment variables for CRIU: where to report, and at which action-script stages to wait."""
+        """The environment variables that tell CRIU's hooks where to call and at which stages to wait."""
         return {ENVIRONMENT: str(self.path), STAGES: ",".join(stages)}
 
     def wait(self, name: str, process: subprocess.Popen[bytes], timeout: float) -> Call:
-        """The next call `name`. Raises CriuFailed if CRIU (`process`) ends first or `timeout` seconds pass."""
+        """Wait for the next call `name`. Raises CriuFailed if CRIU (`process`) ends first or the time is up."""
         deadline = time.monotonic() + timeout
         watch = os.pidfd_open(process.pid) if process.returncode is None else -1
         try:
@@ -93,18 +93,18 @@ class Hooks:
                 ready = select.select(sources, [], [], left)[0]
                 self._take(ready)
                 if (watch < 0 or watch in ready) and not any(call.name == name for call in self._calls):
-                    raise CriuFailed(f"CRIU ended with {process.wait()} before {name!r}")
+                    raise CriuFailed(f"CRIU ended with code {process.wait()} before {name!r}")
         finally:
             if watch >= 0:
                 os.close(watch)
 
     def _take(self, ready: list[int]) -> None:
-        """Accept connections and cut what has arrived into calls."""
+        """Accept connections and split what has arrived into calls."""
         now = time.monotonic()
         if self._listener.fileno() in ready:
             connection, _ = self._listener.accept()
             self._connections[connection.fileno()] = (connection, bytearray())
-            # What it has to say was usually sent along with the connection.
+            # The call has usually arrived with the connection.
             if select.select([connection], [], [], 0)[0]:
                 ready = [*ready, connection.fileno()]
         for descriptor in ready:
@@ -127,7 +127,7 @@ class Hooks:
                     self._calls.append(Call(words[0], pid, now, connection))
 
     def close(self) -> None:
-        """End listening and drop every connection: whoever still waits gets a "no"."""
+        """Stop listening and close every connection, which is a "no" for a hook that waits."""
         for connection, _ in self._connections.values():
             connection.close()
         self._connections.clear()
@@ -136,10 +136,10 @@ class Hooks:
 
 
 def action_script() -> str:
-    """Path of the compiled action script. Raises BuildError."""
+    """The path of the compiled action script. Raises BuildError."""
     return str(build.path("criu_notify"))
 
 
 def plugin_directory() -> str:
-    """Folder that holds the compiled plugin and no other library. Raises BuildError."""
+    """The folder that contains the compiled plugin and no other library. Raises BuildError."""
     return str(build.path("criu_hook").parent)

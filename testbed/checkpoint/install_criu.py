@@ -3,13 +3,13 @@
     python3 -m testbed.checkpoint.install_criu [--prefix DIR] [--force]
 
 Debian 12 has CRIU 3.17, which fails on new kernels, and Debian 13 has 4.1, which cannot dump sockets on them. So `apt`
-fetches `criu` with *all* it needs, libc included, from a newer suite of the archive that the machine uses already, with
-a package list, a cache and an empty package status of its own; `dpkg-deb -x` unpacks them into one directory, and
-`criu_binary` starts it through that directory's own dynamic loader. About 9 MB are fetched, 30 MB unpacked; nothing is
-configured, no system file changes.
+fetches `criu` with *all* its dependencies, libc included, from a newer suite of the archive that the machine already
+uses, with a package list, a cache and an empty package status of its own; `dpkg-deb -x` unpacks them into one
+directory, and `criu_binary` starts it through that directory's dynamic loader. About 9 MB are fetched and 30 MB
+unpacked; nothing is configured, and no system file changes.
 
-Idempotent: with a CRIU that works (in the prefix, in $TESTBED_CRIU or the system's) it does nothing. Standard library
-only: it runs before the virtual environment exists.
+Idempotent: if a CRIU works (in the prefix, in $TESTBED_CRIU or the system's), it does nothing. Standard library only,
+because it runs before the virtual environment exists.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Archive:
 
     uri: str
     options: str
-    """Options of the one-line format: `[signed-by=…] `, or an empty string."""
+    """Options of the one-line format, such as `[signed-by=…] `, or an empty string."""
 
 
 def archives(os_release: Path = Path("/etc/os-release")) -> list[Archive]:
-    """The archives of this Debian release that apt already uses, so that a local mirror is honoured.
+    """List the archives of this Debian release that apt already uses, so that a local mirror is used.
 
-    Not its updates and security archives (their newer suites have no criu); other people's, which may name their suite
-    after the release too, come last. Raises EnvironmentProblem if there is none.
+    Updates and security archives are left out, because their newer suites have no criu. Archives of others, which may
+    also name their suite after the release, come last. Raises EnvironmentProblem if there is none.
     """
     fields = (line.partition("=") for line in os_release.read_text().splitlines())
     release = {key: value.strip('"') for key, _, value in fields}
@@ -75,10 +75,10 @@ def archives(os_release: Path = Path("/etc/os-release")) -> list[Archive]:
 
 
 def _options(uri: str, folder: Path = Path("/etc/apt")) -> str:
-    """How packages of `uri` are verified: by Debian's keyring, or not at all where the administrator has said so."""
+    """How packages of `uri` are verified: by Debian's keyring, or not if the administrator trusts the archive."""
     files = [folder / "sources.list", *(folder / "sources.list.d").glob("*")]
     text = "\n\n".join(path.read_text(errors="replace") for path in files if path.is_file())
-    # One-line format: one entry to a line. deb822: one to a paragraph.
+    # In the one-line format each line is an entry, in deb822 each paragraph.
     lines = (line for line in text.splitlines() if re.match(r"deb\b.*\btrusted=yes", line))
     paragraphs = (part for part in re.split(r"\n\s*\n", text) if re.search(r"^Trusted:\s*yes", part, re.I | re.M))
     if any(uri.rstrip("/") in entry for entry in (*lines, *paragraphs)):
@@ -88,7 +88,7 @@ def _options(uri: str, folder: Path = Path("/etc/apt")) -> str:
 
 
 def _run(command: list[str], what: str) -> str:
-    """Output of a command. Raises EnvironmentProblem with its last lines."""
+    """Run a command and return its output. Raises EnvironmentProblem with its last lines."""
     try:
         answer = subprocess.run(
             command,
@@ -107,9 +107,9 @@ def _run(command: list[str], what: str) -> str:
 
 
 def fetch(work: Path, archive: Archive, suite: str, wanted: Sequence[str] = ("criu",)) -> list[Path]:
-    """Download packages and everything they need from one suite into `work`; the packages' paths.
+    """Download packages and their dependencies from one suite into `work`; return the packages' paths.
 
-    Raises EnvironmentProblem. (`wanted` is for tests that run other programs of a newer suite.)
+    Raises EnvironmentProblem. `wanted` is for tests that run other programs of a newer suite.
     """
     for folder in ("lists/partial", "cache/archives/partial", "empty"):
         (work / folder).mkdir(parents=True)
@@ -141,11 +141,11 @@ def fetch(work: Path, archive: Archive, suite: str, wanted: Sequence[str] = ("cr
 
 
 def install(prefix: Path = criu_binary.PREFIX) -> criu_binary.Criu:
-    """Make `prefix` anew from the first suite whose CRIU works here. Raises EnvironmentProblem with every reason."""
+    """Recreate `prefix` from the first suite whose CRIU works here. Raises EnvironmentProblem with every reason."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise EnvironmentProblem(
-                f"{tool} is missing: CRIU can only be fetched on Debian and its kin",
+                f"{tool} is missing: CRIU can be fetched only on Debian and its derivatives",
                 hint=f"install CRIU {'.'.join(map(str, criu_binary.MINIMUM))} or newer and set TESTBED_CRIU to it",
             )
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def install(prefix: Path = criu_binary.PREFIX) -> criu_binary.Criu:
                         _run(["dpkg-deb", "-x", str(package), str(unpacked)], f"unpacking {package.name}")
                     command = criu_binary.prefix_command(unpacked)
                     if command is None:
-                        raise EnvironmentProblem("the packages hold no criu or no dynamic loader")
+                        raise EnvironmentProblem("the packages contain no criu or no dynamic loader")
                     criu_binary.check(command)
                 except EnvironmentProblem as problem:
                     refused.append(f"{suite} from {archive.uri}: {problem.message}")
@@ -173,7 +173,7 @@ def install(prefix: Path = criu_binary.PREFIX) -> criu_binary.Criu:
 
 
 def _replace(prefix: Path, fresh: Path) -> None:
-    """Put `fresh` at `prefix`; the old one is out of the way before it is deleted."""
+    """Move `fresh` to `prefix`; an old prefix is renamed first and deleted with the temporary folder."""
     if prefix.exists():
         old = fresh.parent / "old"
         prefix.rename(old)
@@ -182,7 +182,7 @@ def _replace(prefix: Path, fresh: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; 0 when a CRIU works afterwards."""
+    """Run the command line. Returns 0 if a CRIU works afterwards."""
     parser = argparse.ArgumentParser(prog="install_criu", description="Get a CRIU that works on the running kernel.")
     parser.add_argument("--prefix", type=Path, default=criu_binary.PREFIX, help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="fetch it even if one works already")

@@ -1,8 +1,8 @@
-"""The first of CRIU's images, inventory.img: what a move has to read in it and the one thing it has to change.
+"""The first of CRIU's images, inventory.img: what a migration reads in it, and the one field that it changes.
 
 At the source CRIU locks established TCP connections with a netfilter table and notes that in the inventory. At the
-destination there is nothing to unlock, yet `criu restore` would look for that table in the destination's namespace for
-some 15 ms of blackout. So the note is changed to "nothing was locked" on the way (CRIU: enum NETWORK_LOCK_METHOD).
+destination there is nothing to unlock, but `criu restore` would look for the table for some 15 ms of blackout.
+Therefore the field is changed to "nothing was locked" before the restore (CRIU: enum NETWORK_LOCK_METHOD).
 
 Layout, as CRIU's image documentation gives it: a magic number (u32), then the size (u32) of one protobuf message
 `inventory_entry`, both little-endian.
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 _HEADER = struct.Struct("<II")
 _NETWORK_LOCK_METHOD = 11
-"""Number of the field in inventory.proto, a varint."""
+"""Number of a field in inventory.proto, a varint."""
 _DUMP_RUN_ID = 13
-"""Number of the field that holds CRIU's name for the dump, a string; its netfilter table is "inet CRIU-<run id>"."""
+"""Number of a field with CRIU's name for the dump, a string; its netfilter table is "inet CRIU-<run id>"."""
 _SKIP = 2
 """NETWORK_LOCK_SKIP."""
 _VARINT, _BYTES = 0, 2
@@ -26,11 +26,11 @@ _FIXED = {1: 8, 5: 4}
 
 
 class BadImage(Exception):
-    """The bytes are no inventory image; what CRIU would say about them comes later and is worse."""
+    """The bytes are not an inventory image. CRIU would fail later, and with a worse message."""
 
 
 def nothing_locked(image: bytes) -> bytes:
-    """The inventory with its network lock method set to "skip"; unchanged if it has none. Raises BadImage."""
+    """Return the inventory with its network lock method set to "skip", or unchanged if it has none. Raises BadImage."""
     result = bytearray(image)
     for field, kind, start, end in _fields(image):
         if field == _NETWORK_LOCK_METHOD and kind == _VARINT and end == start + 1:
@@ -39,22 +39,22 @@ def nothing_locked(image: bytes) -> bytes:
 
 
 def lock_table(image: bytes) -> str | None:
-    """CRIU's netfilter table of this dump, "inet CRIU-…"; None if the inventory does not name it. Raises BadImage."""
+    """Return the name of the dump's netfilter table, "inet CRIU-…"; None if the image has none. Raises BadImage."""
     for field, kind, start, end in _fields(image):
         if field == _DUMP_RUN_ID and kind == _BYTES:
-            # CRIU cuts the name off at 31 characters (nftables_get_table's buffer).
+            # CRIU truncates the name to 31 characters (the buffer of nftables_get_table).
             return f"inet CRIU-{image[start:end].decode('ascii', 'replace')}"[:31]
     return None
 
 
 def _fields(image: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Every field of the message: number, wire type, first byte of its value, byte after it. Raises BadImage."""
+    """Yield every field of the message: number, wire type, start and end of its value. Raises BadImage."""
     if len(image) < _HEADER.size:
         raise BadImage(f"inventory.img has only {len(image)} bytes")
     size = _HEADER.unpack_from(image)[1]
     at, end = _HEADER.size, _HEADER.size + size
     if end > len(image):
-        raise BadImage(f"inventory.img is cut off: {len(image)} bytes, its message alone has {size}")
+        raise BadImage(f"inventory.img is truncated: it has {len(image)} bytes, its message alone {size}")
     while at < end:
         key, at = _varint(image, at, end)
         kind = key & 7
@@ -66,14 +66,14 @@ def _fields(image: bytes) -> Iterator[tuple[int, int, int, int]]:
         elif kind in _FIXED:
             start, at = at, at + _FIXED[kind]
         else:
-            raise BadImage(f"inventory.img holds an unknown kind of field ({kind}) at byte {at}")
+            raise BadImage(f"inventory.img has a field of unknown wire type {kind} at byte {at}")
         if at > end:
             raise BadImage("the fields of inventory.img do not end where its message does")
         yield key >> 3, kind, start, at
 
 
 def _varint(image: bytes, at: int, end: int) -> tuple[int, int]:
-    """A base-128 number at `at`, and the place after it."""
+    """Parse the base-128 number at `at`; return it and the position after it."""
     value = shift = 0
     while at < end and shift < 70:
         byte = image[at]
@@ -82,4 +82,4 @@ def _varint(image: bytes, at: int, end: int) -> tuple[int, int]:
         if not byte & 0x80:
             return value, at
         shift += 7
-    raise BadImage("a number in inventory.img does not end")
+    raise BadImage("a number in inventory.img has no end")

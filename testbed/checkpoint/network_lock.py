@@ -1,7 +1,7 @@
 """What CRIU leaves at the source of moved TCP connections: a netfilter table that drops their segments.
 
-After a commit the lock is useful until the address has left the source: a late segment would otherwise meet no socket
-and be answered with a reset that kills the moved connection. Then it is removed.
+After a commit the table is needed until the address has left the source: without it a late segment would find no socket
+and be answered by a reset that ends the moved connection. Then the table is removed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import subprocess
 
 
 def remove(table: str) -> bool:
-    """Remove a table, named as `nft` names it ("inet CRIU-…"), from this network namespace; whether it was there."""
+    """Remove a table, by its name in `nft` ("inet CRIU-…"), from this network namespace. Returns whether it existed."""
     try:
         answer = subprocess.run(
             ["nft", "delete", "table", *table.split()], stdin=subprocess.DEVNULL, capture_output=True, check=False
         )
     except FileNotFoundError:
-        return False  # without nft there is no lock either: CRIU's dump would have failed
+        return False  # without nft there is no lock: CRIU's dump would have failed
     return answer.returncode == 0

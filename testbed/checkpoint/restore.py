@@ -1,14 +1,14 @@
 """One restore of a process tree: `criu restore`, started ahead of time and held before the program runs.
 
-    Restore(...)         CRIU starts, probes the kernel and then waits for the first image it reads
-    begin(inventory)     all other images lie in `images`: CRIU gets the first one and restores
-    wait_restored()      memory, descriptors and sockets are in place, the program stands still: reroute, resume the NIC
+    Restore(...)         CRIU starts, probes the kernel and then waits for the first image that it reads
+    begin(inventory)     all other images are in `images`: CRIU gets the first one and restores
+    wait_restored()      memory, descriptors and sockets are restored, the program is frozen: reroute, resume the NIC
     release()            the program runs                — or —
     abort()              CRIU kills what it restored; possible at every moment before `release`
 
-CRIU's start and its probing of the kernel (tens of milliseconds) would fall into the blackout. They do not, because the
-first image that `criu restore` reads, inventory.img, is a FIFO here: CRIU blocks in read(2) until the agent writes the
-content and closes. The agent holds both ends open, so that its death is the end of the file and CRIU gives up.
+CRIU's start and its probing of the kernel (tens of milliseconds) are not part of the blackout, because the first image
+that `criu restore` reads, inventory.img, is a FIFO here: CRIU blocks in read(2) until the agent writes the content and
+closes it. The agent holds both ends open, so that its death is the end of the file, and CRIU fails.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ _POLL_SECONDS = 0.0002
 
 
 def _unread(fifo: int) -> int:
-    """Bytes in a FIFO that nobody has read yet."""
+    """The number of bytes in a FIFO that have not been read."""
     count = array.array("i", [0])
     fcntl.ioctl(fifo, termios.FIONREAD, count)
     return count[0]
 
 
 class Restore:
-    """A restore in progress. `images` and `work` are existing folders on a tmpfs; the process must already be in the
-    network and mount namespaces into which the tree is to be put."""
+    """A restore in progress. `images` and `work` are existing folders on a tmpfs.
+
+    The calling process must be in the network and mount namespaces in which the tree is to be restored.
+    """
 
     def __init__(self, criu: list[str], images: Path, work: Path) -> None:
-        """Start CRIU up to its first image. Raises CriuFailed if it cannot be started, BuildError."""
+        """Start CRIU up to its first image. Raises BuildError, or CriuFailed if it cannot be started."""
         self.images = images
         self.log = work / "restore.log"
         self._restored: Call | None = None
@@ -68,22 +70,22 @@ class Restore:
             raise
 
     def begin(self, inventory: bytes) -> None:
-        """Hand CRIU its first image. Raises CriuFailed if it is no longer there."""
+        """Give CRIU its first image. Raises CriuFailed if CRIU has ended."""
         if self.process.poll() is not None:
-            raise self._failed(f"ended with {self.process.returncode} before its images came")
+            raise self._failed(f"ended with code {self.process.returncode} before its images arrived")
         try:
             os.write(self._fifo, inventory)  # far below a FIFO's capacity
-            # Closed before CRIU has opened and read it, the content would be lost; left open, CRIU would see no end.
+            # If it were closed before CRIU has read it, the content would be lost; if left open, CRIU would see no end.
             while _unread(self._fifo):
                 if self.process.poll() is not None:
-                    raise self._failed(f"ended with {self.process.returncode} before it read its images")
+                    raise self._failed(f"ended with code {self.process.returncode} before it read its images")
                 time.sleep(_POLL_SECONDS)
         finally:
             os.close(self._fifo)
             self._fifo = -1
 
     def wait_restored(self, timeout: float = RESTORE_SECONDS) -> float:
-        """time.monotonic() at which the tree was complete and still. Raises CriuFailed; then nothing of it is left."""
+        """Wait until the tree is complete and frozen; return the time.monotonic(). After CriuFailed nothing is left."""
         try:
             self._restored = self._hooks.wait("post-restore", self.process, timeout)
         except CriuFailed as failure:
@@ -94,15 +96,15 @@ class Restore:
 
     @property
     def root_pid(self) -> int:
-        """The restored tree's root, as this process numbers it. Valid after `wait_restored`."""
+        """The root of the restored tree, as this process numbers it. Valid after `wait_restored`."""
         if self._restored is None or self._restored.pid <= 0:
             raise CriuFailed("criu restore did not name the restored process")
         return self._restored.pid
 
     def release(self, timeout: float = END_SECONDS) -> None:
-        """Let the program run; returns when it does and CRIU has ended. Raises CriuFailed."""
+        """Let the program run, and wait until CRIU has ended. Raises CriuFailed."""
         if self._restored is None:
-            raise CriuFailed("nothing is restored")
+            raise CriuFailed("nothing has been restored")
         self._restored.answer(True)
         try:
             code = self.process.wait(timeout)
@@ -110,12 +112,12 @@ class Restore:
             raise self._failed(f"did not let the program run within {timeout:g} s") from None
         self._hooks.close()
         if code != 0:
-            raise self._failed(f"ended with {code} while it let the program run")
+            raise self._failed(f"ended with code {code} while it let the program run")
 
     def abort(self, timeout: float = END_SECONDS) -> None:
-        """Undo: CRIU kills whatever it restored and ends. Idempotent."""
+        """Let CRIU kill what it has restored, and end. Idempotent."""
         if self._fifo >= 0:
-            # A CRIU that has not opened it yet would wait in open(2) for somebody to write.
+            # A CRIU that has not opened it yet would wait in open(2) for a writer.
             (self.images / FIRST_IMAGE).unlink(missing_ok=True)
             os.close(self._fifo)
             self._fifo = -1

@@ -1,4 +1,4 @@
-"""The processes of an application, as CRIU dumps them: everything below its init, which is pid 1 of their namespace."""
+"""The processes of an application that CRIU dumps: everything below its init, which is pid 1 of their namespace."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 
 
 def members(init: int) -> list[int]:
-    """`init` and all its descendants, numbered as this process numbers them. Empty if it has ended.
+    """Return `init` and all its descendants, as this process numbers them; empty if it has ended.
 
-    Orphans of a pid namespace become its init's children, so descendants are all there is. Reads only their own
-    entries in /proc (`children`, which CRIU needs too): a search of all of /proc costs milliseconds of blackout.
+    Orphans in a pid namespace become children of its init, so these are all its processes. Only their own entries in
+    /proc are read (`children`, which CRIU needs too), because a search of all of /proc takes milliseconds of blackout.
     """
     found: list[int] = []
     waiting = [init]
@@ -28,10 +28,10 @@ def members(init: int) -> list[int]:
 
 
 def change_policy(init: int, before: int, after: int) -> None:
-    """Give every thread that has scheduling policy `before` (sched(7)) the policy `after`, both without priority.
+    """Change the scheduling policy (sched(7)) of every thread that has `before` to `after`, both without priority.
 
-    Applications run under SCHED_IDLE so that what polls gives way to NICs and switches. But CRIU does much of its work
-    inside the frozen program, with the program's policy: on a busy machine it would wait for all others.
+    Applications run under SCHED_IDLE, so that polling programs yield to NICs and switches. But CRIU does much of its
+    work inside the frozen program under the program's policy, and would wait for all others on a busy machine.
     """
     for pid in members(init):
         with contextlib.suppress(OSError):

@@ -204,7 +204,7 @@ def test_a_criu_that_is_none_is_refused_before_anything_is_frozen(lab: Lab, tmp_
     lab.hosts["b"].close()
     lab.start_agent("b", {"TESTBED_CRIU": "/bin/false"})
     start_counter(lab, tmp_path)
-    with pytest.raises(Exception, match=r"no CRIU works here.*is no CRIU"):
+    with pytest.raises(Exception, match=r"no CRIU works here.*is not CRIU"):
         prepare(lab, "counter", "a", "b")
     counter_goes_on(lab, "a")
 

@@ -49,7 +49,7 @@ def test_the_user_s_choice_is_not_replaced(monkeypatch: pytest.MonkeyPatch, tmp_
         ("3.17.1", 0, "Looks good.", "3.17.1 is older than 4.2"),
         ("4.1.1", 0, "Looks good.", "4.1.1 is older than 4.2"),
         ("4.2", 1, "Error (criu/vdso.c): vdso: Unexpected rt vDSO area bounds", "Unexpected rt vDSO"),
-        ("nonsense", 0, "", "is no CRIU"),
+        ("nonsense", 0, "", "is not CRIU"),
     ],
 )
 def test_one_that_will_not_do(

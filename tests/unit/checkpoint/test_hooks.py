@@ -48,7 +48,7 @@ def test_other_stages_do_not_wait(tmp_path: Path) -> None:
 
 def test_a_criu_that_ends_early_and_one_that_never_calls(tmp_path: Path) -> None:
     hooks = Hooks(tmp_path / "s")
-    with pytest.raises(CriuFailed, match="ended with 3 before 'post-dump'"):
+    with pytest.raises(CriuFailed, match="ended with code 3 before 'post-dump'"):
         hooks.wait("post-dump", subprocess.Popen(["sh", "-c", "exit 3"]), 10)
     sleeper = subprocess.Popen(["sleep", "60"])
     with pytest.raises(CriuFailed, match=r"did not reach 'post-dump' within 0\.1 s"):
