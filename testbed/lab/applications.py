@@ -1,4 +1,4 @@
-"""The applications of a run: started in order, followed wherever they move, judged by how they end."""
+"""The applications of a run: started in order, followed when they move, and judged by how they end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from testbed.record.folder import RunFolder
 from testbed.topology import ResolvedApp, ResolvedTopology
 
 READY_TIMEOUT: Final = 15.0
-"""Seconds that a program which others wait for has to listen; one that never does is taken as ready then."""
+"""Seconds within which a program that others wait for should listen; after that it is considered ready."""
 FAILURE_GRACE: Final = 10.0
-"""Seconds in which the partners of a failed program may end by themselves, before they are ended."""
+"""Seconds in which the peers of a failed program may end by themselves, before they are ended."""
 LONGEST_LOG: Final = 16 << 20
 """Bytes of each log that are kept: the last ones."""
 
@@ -30,37 +30,37 @@ class Application:
 
     spec: ResolvedApp
     host: str
-    """Where it is now."""
+    """The host where it is now."""
     started: float | None = None
-    """time.monotonic() of its start; None before."""
+    """time.monotonic() of its start; None before it."""
     ended: float | None = None
-    """time.monotonic() when its end was noticed."""
+    """time.monotonic() at which its end was noticed; None before it."""
     code: int | None = None
     signal: int | None = None
     longest_gap: float | None = None
-    """Longest time between two completions, seconds; None if it had none."""
+    """Longest time between two completions, in seconds; None if it had none."""
     lost_nic: float | None = None
-    """time.monotonic() when the NIC that it uses ended; it may poll for ever."""
+    """time.monotonic() at which the NIC that it uses ended; a program that polls may not notice it."""
     problems: list[summary.Problem] = field(default_factory=list)
     killed: str | None = None
-    """Why the testbed has ended it; None if it has not."""
+    """Why the testbed has ended it; None if it has not done so."""
 
     @property
     def running(self) -> bool:
-        """Started and not ended."""
+        """Whether it has started and not ended."""
         return self.started is not None and self.ended is None
 
     @property
     def as_expected(self) -> bool:
-        """Ended with the exit code that the topology expects."""
+        """Whether it has ended with the exit code that the topology expects."""
         return self.ended is not None and self.code == self.spec.expect and self.killed is None
 
     def end_in_words(self) -> str:
-        """`ended with code 1`, `was ended by signal 9`, `runs`."""
+        """How it ended, for example `ended with code 1` or `was ended by signal 9`; `is running` before that."""
         if self.killed is not None:
             return self.killed
         if self.ended is None:
-            return "runs" if self.started is not None else "was not started"
+            return "is running" if self.started is not None else "was not started"
         return f"ended with code {self.code}" if self.code is not None else f"was ended by signal {self.signal}"
 
 
@@ -75,21 +75,21 @@ class Applications:
         self._changed = threading.Condition()
 
     def host_of(self, name: str) -> Host:
-        """The agent of the host where application `name` is."""
+        """Return the host where application `name` is."""
         with self._changed:
             return self._hosts[self.all[name].host]
 
     def running(self, name: str) -> bool:
-        """Whether `name` has started and not ended."""
+        """Whether application `name` has started and not ended."""
         with self._changed:
             return self.all[name].running
 
     # ---- starting ----------------------------------------------------------------------------------------------------
 
     def start_all(self) -> None:
-        """Start every application, each when those in its `after` are ready; independent ones at the same time.
+        """Start each application when those in its `after` are ready, independent ones at the same time.
 
-        Raises the first TestbedError of a start that failed; later ones are not begun then.
+        Raises the TestbedError of the first start that failed; applications that wait for it are not started.
         """
         if not self.all:
             return
@@ -134,19 +134,19 @@ class Applications:
             how = f"code {ended['code']}" if "code" in ended else f"signal {ended['signal']}"
             said = host.call("read_log", name=app.spec.name, stream="stderr", limit=2000)["text"].strip()
             raise RunFailed(
-                f"ended with {how} before it listened",
+                f"ended with {how} before it listened on a TCP port",
                 where=where,
-                hint=f"it said: {said.splitlines()[-1]}" if said else f"its logs are in {self._folder.path}/logs",
+                hint=f"it said: {said.splitlines()[-1]}" if said else f"see {self._folder.path}/logs",
             )
         if ended is None and not answer["listening"]:
-            text = f"{app.spec.name} listens on no TCP port after {READY_TIMEOUT:g} s; taken as ready"
+            text = f"{app.spec.name} does not listen on a TCP port after {READY_TIMEOUT:g} s; considered ready"
             self._folder.event("note", text=text)
 
-    # ---- what happens ------------------------------------------------------------------------------------------------
+    # ---- events of the agents ----------------------------------------------------------------------------------------
 
     def on_event(self, host: str, event: Mapping[str, Any]) -> None:
-        """Take in an agent's event."""
-        if event["event"] == "app_exited" and event["app"] in self.all:  # experiments start programs of their own
+        """Take an agent's event."""
+        if event["event"] == "app_exited" and event["app"] in self.all:  # experiments start other programs, too
             with self._changed:
                 self.all[str(event["app"])].longest_gap = event.get("longest_gap")
             self._ended(host, str(event["app"]), event.get("code"), event.get("signal"), float(event["t"]))
@@ -166,26 +166,26 @@ class Applications:
             app = self.all[name]
             if app.ended is not None:
                 return
-            # It may have ended at a migration's destination before the harness heard that it had moved.
+            # It may have ended at a migration's destination before the testbed learned that it had moved.
             app.host, app.ended, app.code, app.signal = host, at, code, number
             self._changed.notify_all()
         how = {"code": code} if code is not None else {"signal": number}
         self._folder.event("app_exited", app=name, host=host, **how)
 
     def moved(self, name: str, to: str) -> None:
-        """Application `name` belongs to host `to` from now on (its migration's commit)."""
+        """Note that application `name` belongs to host `to` from now on: its migration has been committed."""
         with self._changed:
             app = self.all[name]
             source, app.host = app.host, to
             self._changed.notify_all()
         self._folder.event("app_moved", app=name, from_host=source, to_host=to)
-        if not self._hosts[to].alive:  # its agent went before anybody knew that it had the application
+        if not self._hosts[to].alive:  # the agent has gone before the move was known, and its applications with it
             self._ended(to, name, None, 9, time.monotonic())
 
     # ---- waiting -----------------------------------------------------------------------------------------------------
 
     def wait(self, until: Callable[[], bool] = lambda: False, poll: float = 0.2) -> None:
-        """Wait until every application has ended (or `until()`), ending those whose time or partners are up."""
+        """Wait until every application has ended or `until()` holds; end those that are overdue (`_overdue`)."""
         while True:
             with self._changed:
                 if until() or not any(app.running for app in self.all.values()):
@@ -196,6 +196,7 @@ class Applications:
                 self._kill(app, why)
 
     def _overdue(self, now: float) -> list[tuple[Application, str]]:
+        """The applications to be ended, with the reason: timeout, its NIC has ended, or a peer has failed."""
         due = []
         for app in self.all.values():
             if not app.running or app.started is None or app.killed is not None:
@@ -206,9 +207,9 @@ class Applications:
             if app.lost_nic is not None and now - app.lost_nic > FAILURE_GRACE:
                 due.append((app, f"was ended by the testbed: the NIC of {app.host} has ended"))
                 continue
-            for other in self._partners(app):
+            for other in self._peers(app):
                 if other.ended is not None and not other.as_expected and now - other.ended > FAILURE_GRACE:
-                    due.append((app, f"was ended by the testbed: its partner {other.spec.name} {other.end_in_words()}"))
+                    due.append((app, f"was ended by the testbed: its peer {other.spec.name} {other.end_in_words()}"))
                     break
         return due
 
@@ -220,10 +221,10 @@ class Applications:
             self.host_of(app.spec.name).call("signal_app", name=app.spec.name, signal="SIGKILL", timeout=10)
         except TestbedError as error:
             self._ended(app.host, app.spec.name, None, 9, time.monotonic())
-            self._folder.event("note", text=f"{app.spec.name} could not be ended: {error.message}")
+            self._folder.event("note", text=f"cannot end {app.spec.name}: {error.message}")
 
-    def _partners(self, app: Application) -> list[Application]:
-        """Those it is connected with by `after`, directly or through others."""
+    def _peers(self, app: Application) -> list[Application]:
+        """The applications that `after` connects it with, directly or through others."""
         found, todo = {app.spec.name}, [app.spec.name]
         while todo:
             name = todo.pop()

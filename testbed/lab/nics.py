@@ -1,4 +1,4 @@
-"""The NICs that run on this machine now: where they are, and what each says about itself.
+"""The NICs that are running on this machine: where they are, and what each reports about itself.
 
 A run's state file names the process of each virtual host; that host's NIC listens in the host's own mount namespace,
 which is seen from outside through the process's root.
@@ -15,7 +15,7 @@ from testbed.base.errors import BadInput, EnvironmentProblem
 from testbed.cleanup import state
 
 SOCKET: Final = "run/migros/nic/control.sock"
-"""Below the root of a host's processes."""
+"""Path of the control socket below the root of a host's processes."""
 TIMEOUT: Final = 5.0
 """Seconds in which a NIC must answer."""
 
@@ -30,7 +30,7 @@ class RunningNic:
     socket: Path
 
     def call(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """One command to its control socket. EnvironmentProblem: it does not answer; BadInput: it refused."""
+        """Send a command to its control socket. Raises EnvironmentProblem without an answer, BadInput if refused."""
         try:
             client = ControlClient(self.socket, TIMEOUT)
         except ControlError as error:
@@ -43,7 +43,7 @@ class RunningNic:
 
 
 def running(base: Path = state.BASE) -> list[RunningNic]:
-    """Every NIC of every live run, in the order of runs and hosts. Hosts whose NIC has not started are left out."""
+    """List the NICs of all live runs, in the order of runs and hosts, without hosts whose NIC has not started."""
     found = []
     for run in state.runs(base):
         for entry in run.entries if run.alive else ():
@@ -59,12 +59,12 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except PermissionError as error:
         raise EnvironmentProblem(
-            "the hosts of a run belong to root", hint="run it as root (sudo), as the run itself"
+            "access to a run's hosts needs root", hint="run it with sudo, as the run itself"
         ) from error
 
 
 def one(host: str, run_id: str | None = None, base: Path = state.BASE) -> RunningNic:
-    """The NIC of `host`. Raises BadInput when there is none, or in several runs and `run_id` is not given."""
+    """Return the NIC of `host`. Raises BadInput if there is none, or several and `run_id` does not choose one."""
     nics = running(base)
     matching = [nic for nic in nics if nic.host == host and run_id in (None, nic.run_id)]
     if len(matching) == 1:
@@ -77,7 +77,7 @@ def one(host: str, run_id: str | None = None, base: Path = state.BASE) -> Runnin
 
 
 def program(pid: int | None) -> str | None:
-    """The command line's first word (its last part) of a process; None when it has gone."""
+    """The name of the program that a process runs, from its command line; None if the process has ended."""
     if pid is None:
         return None
     try:
@@ -88,7 +88,7 @@ def program(pid: int | None) -> str | None:
 
 
 def report(nic: RunningNic) -> dict[str, Any]:
-    """What `testbed status` shows of one NIC: its own `status`, the run, the host, and each context's program."""
+    """Collect what `testbed status` shows of a NIC: its status, the run, the host, and each context's program."""
     answer = nic.call("status")
     for context in (*answer["contexts"], *answer.get("rdma_cm", ())):
         context["program"] = program(context["pid"])

@@ -1,4 +1,7 @@
-"""What known programs print: the numbers of ibv_*_pingpong and perftest, and whether they found wrong data."""
+"""What known programs print: the numbers of ibv_*_pingpong and perftest, and complaints about wrong data.
+
+These programs report in words only; the regular expressions here are the one place that reads them.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ _NAMES: Final = {
     "tps average": "transactions_per_s",
 }
 _UNITS: Final = {"usec": "us", "MB/sec": "MiB_per_s", "Gb/sec": "Gbit_per_s", "Mpps": "per_us", "": ""}
-"""perftest's MB/sec are 2^20 bytes per second, its Gb/sec 10^9 bits; Mpps are messages per microsecond."""
+"""perftest's MB/sec means 2^20 bytes per second, its Gb/sec 10^9 bits; Mpps are messages per microsecond."""
 
 
 def measured(argv: list[str], text: str) -> list[Row]:
-    """The numbers that a program has printed, one row for each message size; empty for other programs.
+    """Parse the numbers that a program has printed, one row per message size; empty for other programs.
 
-    Keys are `bytes`, `iterations`, then what the program calls it with its unit: `bandwidth_MiB_per_s`, `t_typical_us`.
+    Keys are `bytes`, `iterations`, then the program's names with units: `bandwidth_MiB_per_s`, `t_typical_us`.
     """
     program = argv[0].rsplit("/", 1)[-1]
     if program.startswith("ibv_") and program.endswith("_pingpong"):
@@ -37,7 +40,7 @@ def measured(argv: list[str], text: str) -> list[Row]:
 
 
 def wrong_data(argv: list[str], text: str) -> str | None:
-    """The first complaint about wrong data. ibv_*_pingpong -c only prints it, and ends with 0 all the same."""
+    """Return the first complaint about wrong data. ibv_*_pingpong -c only prints it, and still ends with code 0."""
     if not argv[0].rsplit("/", 1)[-1].startswith("ibv_"):
         return None
     found = _WRONG_DATA.search(text)

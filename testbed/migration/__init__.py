@@ -4,7 +4,7 @@ What lives here: the order of the phases and of their undoing (`move`), the list
 began and ended (`timeline`), and what the NICs counted and when completions came around it (`observe`). The work itself
 is done by the agents (`testbed.agent.table`) and the controller.
 
-Whoever runs a topology calls `migrate` and nothing else.
+Callers use `migrate` and nothing else.
 
 May import: `testbed.base`, `testbed.record`, `testbed.topology`, `testbed.controller`, `testbed.lab`.
 """
@@ -24,9 +24,10 @@ __all__ = ["migrate"]
 
 
 def migrate(session: Session, migration: ResolvedMigration) -> summary.Migration:
-    """Move the program; returns the record of how it went, a failure included.
+    """Move the program and return the record of the migration, also of one that failed.
 
-    Reports to the session's folder as it goes. Any error before the destination's NIC has resumed leaves the program
-    running at the source (`rolled_back`); what else may come out of here is a defect, after the same rolling back.
+    Events go to the session's folder while it is in progress. Any error before the destination's NIC has resumed leaves
+    the program running at the source (`rolled_back`). An exception other than KeyboardInterrupt is a defect; it is
+    raised after the same roll-back.
     """
     return Move(session, migration).run()

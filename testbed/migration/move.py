@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from testbed.lab.session import Session
 
 CARRY_SECONDS = 900.0
-"""Bound on everything from freeze to transfer: a large memory over a slow emulated link takes its time."""
+"""Bound on everything from freeze to transfer; a large memory crosses a slow emulated link in minutes."""
 UNDO_SECONDS = 180.0
 """Bound on one undo step."""
 
@@ -55,7 +55,7 @@ class Move:
         self._gaps_peers: list[observe.Gaps] = []
 
     def run(self) -> summary.Migration:
-        """As `testbed.migration.migrate`."""
+        """Carry the migration out; see `testbed.migration.migrate`."""
         move, folder = self._migration, self._session.folder
         folder.event("migration_started", index=move.index, app=move.app, from_host=move.source, to_host=move.to)
         self._began = time.monotonic()
@@ -87,13 +87,13 @@ class Move:
         return record
 
     def _listen(self, host: str, event: Mapping[str, Any]) -> None:
-        """An agent's event, in the thread that reads from the host: an error there would lose the answers to come."""
+        """Take an agent's event, in the thread that reads from its host: an error there would lose later answers."""
         try:
             self._timeline.listen(host, event)
         except OSError as error:
-            self._untold(error)
+            self._note_lost_event(error)
 
-    def _untold(self, error: OSError) -> None:
+    def _note_lost_event(self, error: OSError) -> None:
         note = f"events.jsonl is incomplete: {error}"
         if note not in self._notes:
             self._notes.append(note)
@@ -115,12 +115,12 @@ class Move:
         self._target.result(arriving, "migrate_receive", CARRY_SECONDS)
         with timeline.phase("reroute"):
             if self._keep:
-                self._tell_flows(controller.move(move.ip_before, move.to))
+                self._report_flows(controller.move(move.ip_before, move.to))
         self._resume()
         self._commit()
 
     def _prepare(self, controller: ControllerClient) -> dict[str, Any]:
-        """Both ends and the switches get ready; nothing touches the program. The destination's offer."""
+        """Prepare both ends and the switches without touching the program; return the destination's offer."""
         move = self._migration
         about = self._source.call("migrate_begin", app=move.app)
         self._watch_gaps(about["pids"])
@@ -139,13 +139,13 @@ class Move:
             listen=self._session.topology.hosts[move.to].node_ip,
         )
         if self._keep:
-            # One step for preparation and move: undoing twice would be moving it there again.
+            # One step for both preparation and move: undoing twice would move the address there again.
             self._undo.add("flows back to the source", lambda: controller.undo_move(move.ip_before))
-            self._tell_flows(controller.prepare_move(move.ip_before, move.to))
+            self._report_flows(controller.prepare_move(move.ip_before, move.to))
         return offer
 
     def _carry(self, offer: dict[str, Any], arriving: concurrent.futures.Future[dict[str, Any]]) -> None:
-        """Freeze to transfer. If the destination gives up meanwhile, its reason is the one to tell."""
+        """Carry out freeze to transfer. If the destination has failed meanwhile, its error is the one to raise."""
         move, hosts = self._migration, self._session.topology.hosts
         self._resumes_at_source = self._undo.add_last(
             f"{move.app} resumes at {move.source}",
@@ -169,7 +169,7 @@ class Move:
             raise
 
     def _resume(self) -> None:
-        """RESUME and thaw. From the moment that the NIC resumes, there is no way back."""
+        """Resume and thaw at the destination. There is no way back once its NIC has resumed."""
         answer = self._target.call("migrate_resume", migration=self._name, source_ip=self._migration.ip_after)
         self._undo.forget()
         self._thawed = self._timeline.ended.get("thaw", time.monotonic())
@@ -177,13 +177,13 @@ class Move:
             self._problem = str(answer["problem"])
 
     def _commit(self) -> None:
-        """The program is the destination's, whatever happens now at the source."""
+        """Give the program to the destination, whatever happens now at the source."""
         move = self._migration
         self._undo.forget()
         try:
             self._session.apps.moved(move.app, move.to)
         except OSError as error:  # a full disk must not keep the original alive
-            self._untold(error)
+            self._note_lost_event(error)
         try:
             answer = self._source.call(
                 "migrate_commit",
@@ -196,10 +196,10 @@ class Move:
             self._notes.append(f"clean-up at {move.source}: {error.message}")
 
     def _fail(self) -> bool:
-        """Take everything back, if that is still possible. True if the program runs on at the source."""
+        """Undo everything, if that is still possible. Returns whether the program runs at the source again."""
         move = self._migration
         if self._timeline.resumed:
-            # The destination has answered partners, then broken off: two copies must not live, so the original goes.
+            # The destination has answered peers and failed then: two copies must not run, so the original is killed.
             self._commit()
             return False
         failed = self._undo.run()
@@ -207,7 +207,7 @@ class Move:
         frozen = any(failure.step is self._resumes_at_source for failure in failed)
         return not frozen and self._session.apps.running(move.app)
 
-    def _tell_flows(self, answer: dict[str, Any]) -> None:
+    def _report_flows(self, answer: dict[str, Any]) -> None:
         for flow in answer.get("flows", []):
             self._session.folder.event(
                 "flow_change",
@@ -249,7 +249,7 @@ class Move:
         return observe.Blackout(frozen, "phases" if frozen is not None else None, peer)
 
     def _error(self, failure: TestbedError | None) -> str | None:
-        """What the record says of a failure: the phase, the place and the message."""
+        """A failure as the record describes it: the phase, the place and the message."""
         if failure is None:
             return None
         return ": ".join(part for part in (self._timeline.unfinished, failure.where, failure.message) if part)

@@ -1,4 +1,4 @@
-"""The steps that take a half-done migration back, newest first."""
+"""The steps that undo an unfinished migration, newest first."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Step:
     """One step of an undo; compared by identity."""
 
     name: str
-    """What has happened when it has succeeded, for messages."""
+    """What it achieves, for messages."""
     act: Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A step that could not be done."""
+    """A step that failed."""
 
     step: Step
     error: TestbedError
@@ -35,13 +35,13 @@ class Undo:
         self._steps: list[Step] = []
 
     def add(self, name: str, act: Callable[[], object]) -> Step:
-        """Remember how to take back what is about to be done: before it is done, for it may fail half-way."""
+        """Remember how to undo what is about to be done. To be called first, because that may fail half-way."""
         step = Step(name, act)
         self._steps.append(step)
         return step
 
     def add_last(self, name: str, act: Callable[[], object]) -> Step:
-        """As `add`, for a step that must run after all the others, whenever they were added."""
+        """Remember a step that must run after all the others, whenever they are added."""
         step = Step(name, act)
         self._steps.insert(0, step)
         return step
@@ -51,7 +51,7 @@ class Undo:
         self._steps.clear()
 
     def run(self) -> list[Failed]:
-        """Take everything back, and return the steps that failed."""
+        """Undo everything, and return the steps that failed."""
         failed = []
         while self._steps:
             step = self._steps.pop()
