@@ -1,4 +1,4 @@
-"""What every room of the testbed shares: errors by blame, and the IPv6 address beside each IPv4 address.
+"""What every room of the testbed shares: errors by blame (`errors`) and companion IPv6 addresses (`ip6`).
 
 May import: nothing.
 """

@@ -1,8 +1,8 @@
 """Errors by blame: whose fault it is decides the type, and the type decides the exit code.
 
-Every error says what is wrong in one sentence, where (`where`: a file and a path in it, a host, a phase) and what to do
-about it (`hint`). The command line prints exactly these three and no traceback; anything else that reaches the top is a
-defect of the testbed and does print one. Standard library only: the agents import this too.
+Every error says in one sentence what is wrong, where (`where`: a file and a path in it, a host, a phase) and what to do
+about it (`hint`). The command line prints these three and no traceback; any other exception that reaches the top is a
+defect of the testbed and prints one. Standard library only, because the agents import it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ class Exit(IntEnum):
 
     OK = 0
     CHECK_FAILED = 1
-    """The run took place; a check of it (exit code, data, a migration) did not pass."""
+    """The run took place, but a check of it (exit code, data, a migration) failed."""
     BAD_INPUT = 2
-    """The topology or the command line is wrong; nothing was started."""
+    """The topology or the command line is invalid; nothing was started."""
     ENVIRONMENT = 3
-    """This machine cannot do it as it is: something is missing, forbidden or broken."""
+    """This machine cannot do it: something is missing, forbidden or broken."""
     INTERRUPTED = 130
-    """Ctrl-C or SIGTERM; everything that was made has been removed."""
+    """Ctrl-C or SIGTERM; everything that the run created has been removed."""
 
 
 class TestbedError(Exception):
-    """Base of everything that the user is told about without a traceback."""
+    """Base of all errors that are reported to the user without a traceback."""
 
-    __test__ = False  # pytest: the name begins with Test, but this is no test class
+    __test__ = False  # pytest: the name starts with Test, but this is not a test class
     exit_code: Exit = Exit.CHECK_FAILED
 
     def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
@@ -44,11 +44,11 @@ class TestbedError(Exception):
 
 
 class RunFailed(TestbedError):
-    """The run began and could not be brought to its end (a host died, a step of the run failed)."""
+    """The run started but could not be completed: a host died, or a step failed."""
 
 
 class MigrationFailed(RunFailed):
-    """A migration did not complete. `phase` is the one that failed; `rolled_back` says that the source runs on."""
+    """A migration failed in `phase`; `rolled_back` says whether the program continues at the source."""
 
     def __init__(
         self,
@@ -65,19 +65,19 @@ class MigrationFailed(RunFailed):
 
 
 class BadInput(TestbedError):
-    """The user's fault: a wrong option, a wrong file."""
+    """The user's fault, such as an invalid option or file."""
 
     exit_code = Exit.BAD_INPUT
 
 
 class EnvironmentProblem(TestbedError):
-    """The machine's fault: not root, a program missing, a kernel that refuses."""
+    """The machine's fault, such as missing rights, a missing program, or a kernel without a feature."""
 
     exit_code = Exit.ENVIRONMENT
 
 
 class Interrupted(TestbedError):
-    """The user ended the run. Raised after the clean-up, so that the exit code tells."""
+    """The user interrupted the run. Raised after the clean-up, for the exit code."""
 
     exit_code = Exit.INTERRUPTED
 
@@ -90,18 +90,18 @@ class Problem:
     """One mistake in an input file."""
 
     path: str
-    """Where in the file, dotted: `apps.client.after`, `links[2].bw`; empty for the file as a whole."""
+    """Place in the file, such as `apps.client.after` or `links[2].bw`; empty for the file as a whole."""
     message: str
-    """What is wrong, with what is allowed."""
+    """What is wrong, and what is allowed."""
     value: str | None = None
-    """The bad value as the user wrote it, shortened; None if something is missing."""
+    """The invalid value as the user wrote it, shortened; None if something is missing."""
     hint: str | None = None
-    """What to do: a nearby name, a bound, a command."""
+    """What to do, such as a similar name, a bound or a command."""
     line: int | None = None
-    """1-based line in the file, where known."""
+    """1-based line in the file; None if unknown."""
 
     def render(self, file: str) -> str:
-        """Two or three lines: place, what is wrong with its value, the hint."""
+        """The problem on one line, with place and value, and the hint on a second one."""
         place = f"{file}:{self.line}" if self.line is not None else file
         head = f"{place}: {self.path}" if self.path else place
         text = f"{head}: {self.message}"
@@ -111,7 +111,7 @@ class Problem:
 
 
 class TopologyError(BadInput):
-    """Everything that is wrong with a topology file, all at once."""
+    """All problems of a topology file at once."""
 
     def __init__(self, file: str, problems: Sequence[Problem]) -> None:
         count = len(problems)

@@ -1,6 +1,6 @@
-"""The IPv6 address beside each IPv4 address of the data network: its last 32 bits are the IPv4 address.
+"""The companion IPv6 address of each IPv4 address of the data network: its last 32 bits are the IPv4 address.
 
-Both belong together: where one is added, moved or removed, the other is.
+Where one of both is added, moved or removed, the other is, too.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import ipaddress
 from typing import Final
 
 NETWORK: Final = ipaddress.IPv6Network("fd4d::/64")
-"""Of local meaning only (RFC 4193)."""
+"""Network of the companion addresses, a unique local one (RFC 4193)."""
 
 
 def companion(ip: str) -> str:
-    """10.0.0.2 → fd4d::a00:2."""
+    """Return the companion of an IPv4 address: 10.0.0.2 → fd4d::a00:2."""
     return str(NETWORK[int(ipaddress.IPv4Address(ip))])
 
 
 def both(ip: str) -> list[str]:
-    """An address and the one beside it."""
+    """Return an IPv4 address and its companion."""
     return [ip, companion(ip)]

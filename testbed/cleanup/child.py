@@ -1,4 +1,4 @@
-"""A long-lived child process of a run that is entered in the state file."""
+"""A long-lived child process of a run that is recorded in the state file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Child:
     """One child process, from its start to its removal from the state file."""
 
     def __init__(self, state: RunState, argv: list[str], *, popen: dict[str, Any], **about: Any) -> None:
-        """Start `argv` in a session of its own, so that Ctrl-C on the terminal is not for it, and record it.
+        """Start `argv` in a session of its own, so that Ctrl-C on the terminal does not reach it, and record it.
 
         popen: further arguments of subprocess.Popen; about: further fields of the state file's entry.
         """

@@ -84,7 +84,7 @@ def _remove(kind: str, what: str) -> str | None:
 
 
 def _remove_tree(path: str) -> None:
-    """Remove a folder, unless something is mounted below it: that would be somebody else's files."""
+    """Remove a folder, unless something is mounted below it: its files are not the run's."""
     real = os.path.realpath(path)
     below = [mount for mount in mounts() if mount == real or mount.startswith(real + "/")]
     if below:

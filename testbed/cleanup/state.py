@@ -6,13 +6,14 @@ killed run leaves the file behind, and the file says what to remove: exactly tha
 
 Three rules keep other people's things safe:
 
-* a link, bridge or namespace whose name is taken already is refused when recorded, a file or folder that exists already
-  is recorded as not ours;
-* a process is known by pid *and* start time, so a recycled pid is never killed. Its pid exists only after the fork, so
-  that window is closed by a mark in the environment (`RUN_VARIABLE`) which every child inherits and CRIU restores;
-* a process in a network namespace that a verified process of ours lives in is ours too, unless that is the machine's.
+* a link, bridge or namespace whose name is already in use is refused when recorded; a file or folder that already
+  exists is recorded as not the run's;
+* a process is identified by pid *and* start time, so a recycled pid is never killed. A pid exists only after the fork;
+  for the time between, every child inherits a mark in its environment (`RUN_VARIABLE`), which CRIU restores, too;
+* a process in the network namespace of a verified process of the run belongs to the run, unless that namespace is the
+  machine's.
 
-Standard library only: the agents import this.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -111,12 +112,12 @@ class RunState:
             if taken is None:
                 raise EnvironmentProblem(
                     f"Open vSwitch does not say whether there is a bridge {fact}",
-                    hint="does `ovs-vsctl show` answer? its server may be overloaded",
+                    hint="does `ovs-vsctl show` answer? the server may be overloaded",
                 )
             if taken:
                 raise EnvironmentProblem(
-                    f"{kind.replace('_', ' ')} {fact} exists already",
-                    hint="if a killed run left it: testbed clean; a live run is listed by: testbed status",
+                    f"{kind.replace('_', ' ')} {fact} already exists",
+                    hint="testbed clean removes what a killed run has left; testbed status lists live runs",
                 )
         self._count += 1
         token = f"{os.getpid()}.{self._count}"
@@ -156,9 +157,9 @@ class Run:
 
     @property
     def alive(self) -> bool:
-        """The process that owns the run is still there (the same one, not a recycled pid)."""
+        """Whether the process that owns the run still exists: the same one, not another with a recycled pid."""
         if self.owner_start is None:
-            # No first line: killed before it was written, or about to write it.
+            # Without a first line the process was killed before writing it, or is about to write it.
             try:
                 return time.time() - self.directory.stat().st_mtime < YOUNG
             except OSError:
@@ -167,7 +168,7 @@ class Run:
 
 
 def read(directory: Path) -> Run:
-    """Read `directory/state`. A line cut off by a kill is dropped: what it announced was not made yet."""
+    """Read `directory/state`. A line that a kill has truncated is dropped: its thing was not created yet."""
     run = Run(run_id=directory.name, directory=directory)
     try:
         lines = (directory / "state").read_text(errors="replace").splitlines()
@@ -192,14 +193,14 @@ def read(directory: Path) -> Run:
 
 
 def runs(base: Path = BASE) -> list[Run]:
-    """Every run that has a folder under `base`, by name."""
+    """List every run that has a folder under `base`, by name."""
     if not base.is_dir():
         return []
     return [read(path) for path in sorted(base.iterdir()) if path.is_dir()]
 
 
 def exists(kind: str, what: str) -> bool:
-    """A thing of this kind and name is, or may be, on the machine now (ours or not)."""
+    """Whether a thing of this kind and name exists on the machine or, for a bridge, may exist."""
     if kind == "link":
         return os.path.exists(f"/sys/class/net/{what}")
     if kind == "netns":
@@ -207,7 +208,7 @@ def exists(kind: str, what: str) -> bool:
     if kind == "mount":
         return os.path.realpath(what) in mounts()
     if kind == "ovs_bridge":
-        # No answer: Open vSwitch's database, which outlives it, may still have the bridge.
+        # Without an answer the bridge may exist: the database of Open vSwitch outlives its daemon.
         return bridge_exists(what, 5) is not False
     return os.path.lexists(what)
 
@@ -232,5 +233,5 @@ def call(*argv: str) -> str | None:
 def mounts() -> set[str]:
     """Every mount point of this mount namespace."""
     with open("/proc/self/mountinfo") as file:
-        # Octal escapes as in proc(5): a blank in a path is \040.
+        # Octal escapes as in proc(5): a space in a path is \040.
         return {line.split(" ")[4].encode().decode("unicode_escape") for line in file}

@@ -1,7 +1,7 @@
-"""Captures of a run: started around each migration on every NIC that is not captured anyway, counted at the end.
+"""Captures of a run: around each migration on every NIC that is not captured anyway, with counts at the end.
 
-A topology's `capture: true` (or a host's `nic: {capture: true}`) gives `pcaps/<host>.pcap`: whole frames, whole run.
-Else each migration leaves `pcaps/<host>-migration<k>.pcap`, k from 1, with the frames' first bytes: the headers.
+A topology's `capture: true` (or a host's `nic: {capture: true}`) gives `pcaps/<host>.pcap` with whole frames of the
+whole run. Otherwise each migration leaves `pcaps/<host>-migration<k>.pcap`, k from 1, with the headers of the frames.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from testbed.lab.session import Session
 
 SNAPLEN: Final = 128
-"""Bytes kept of each frame around a migration: every header, and a look at the payload."""
+"""Bytes kept of each frame around a migration: all headers and the start of the payload."""
 _FILE_HEADER: Final = 24
 _RECORD: Final = struct.Struct("<8xI4x")
 
 
 @contextlib.contextmanager
 def during_migration(session: Session, index: int) -> Iterator[None]:
-    """Capture on every NIC while the migration with this index lasts. That a capture fails is a note, no failure."""
+    """Capture on every NIC while the migration with this index lasts. A capture that fails is noted, and no error."""
     started = []
     for name, host in session.topology.hosts.items():
         if host.nic.capture:
@@ -47,13 +47,13 @@ def _capture(session: Session, host: str, **arguments: object) -> bool:
     try:
         session.hosts[host].call("nic", command="capture", timeout=10, **arguments)
     except TestbedError as error:
-        session.folder.event("note", text=f"no capture at {host}: {error.message}")
+        session.folder.event("note", text=f"cannot capture at {host}: {error.message}")
         return False
     return True
 
 
 def found(folder: RunFolder, host: str) -> list[Capture]:
-    """The captures of `host` in a run's folder."""
+    """List the captures of `host` in a run's folder."""
     paths = [folder.pcap(host), *sorted(folder.path.glob(f"pcaps/{host}-migration*.pcap"))]
     return [
         Capture(path=folder.relative(path), bytes=path.stat().st_size, frames=count_frames(path))
@@ -63,7 +63,7 @@ def found(folder: RunFolder, host: str) -> list[Capture]:
 
 
 def count_frames(path: Path) -> int:
-    """Frames of a classic little-endian pcap; one that is torn at the end is not counted."""
+    """Count the frames of a classic little-endian pcap, without one that is truncated at the end."""
     size = path.stat().st_size
     if size <= _FILE_HEADER:
         return 0

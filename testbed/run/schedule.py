@@ -1,4 +1,4 @@
-"""The migrations of a run in time: waits until each is due, has it done, keeps the records."""
+"""The migrations of a run in time: wait until each is due, carry it out, keep the records."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from testbed.run import captures
 from testbed.topology import ResolvedMigration, ResolvedTopology
 
 POLL: Final = 0.02
-"""Seconds between two looks at the clock, the applications and the byte counts."""
+"""Seconds between two checks of the clock, the applications and the byte counts."""
 
 
 def addresses_at_end(topology: ResolvedTopology, records: Iterable[summary.Migration]) -> dict[str, str]:
-    """Address of a host → name of the host that had it after `records`, which are in order of time."""
+    """Address of a host → name of the host that has it after `records`, which are in order of time."""
     at = {host.ip: host.name for host in topology.hosts.values()}
     for record in records:
         if record.ok and record.address == "keep":
@@ -29,9 +29,9 @@ def addresses_at_end(topology: ResolvedTopology, records: Iterable[summary.Migra
 
 
 class Traffic:
-    """What one application has sent and received, as counted by the NIC of the host where it was at the time.
+    """The bytes that one application has sent and received, as counted by the NIC of the host where it was.
 
-    A NIC counts from its own start, and counts on for other programs when this one has left.
+    A NIC counts from its own start, and continues to count for other programs when this one has left.
     """
 
     def __init__(self) -> None:
@@ -40,15 +40,15 @@ class Traffic:
         """The NIC's count when the application came to the host."""
         self._last = 0
         self._carried = 0
-        """Bytes of the stays at other hosts."""
+        """Bytes that were counted at earlier hosts."""
 
     @property
     def total(self) -> int:
-        """Bytes since the first look."""
+        """Bytes since the first reading."""
         return self._carried + self._last - self._baseline
 
-    def look(self, host: str, count: int) -> None:
-        """The application is at `host`, whose NIC has counted `count` bytes."""
+    def update(self, host: str, count: int) -> None:
+        """Take a reading: the application is at `host`, whose NIC has counted `count` bytes."""
         if host != self._host:
             self._carried = self.total
             self._host, self._baseline = host, count
@@ -56,11 +56,11 @@ class Traffic:
 
 
 class Schedule:
-    """One thread that carries the topology's migrations out, one after the other, as they become due."""
+    """A thread that carries out the topology's migrations, one after the other, as they become due."""
 
     def __init__(self, session: Session) -> None:
         self.records: list[summary.Migration] = []
-        """One for each migration that was due or can no longer be, in the topology's order of time."""
+        """One for each migration that has become due or can no longer become due, in the order of time."""
         self.flow_changes: list[summary.FlowChange] = []
         self._session = session
         self._open = list(session.topology.migrations)
@@ -70,17 +70,17 @@ class Schedule:
         session.folder.subscribe(self._on_event)
 
     def start(self) -> None:
-        """Begin to watch the clock; the applications have started."""
+        """Start to watch the clock; called when the applications have started."""
         if self._open:
             self._thread.start()
 
     def finish(self) -> None:
-        """Every application has ended: let the migration under way end; what is still open will never be due."""
+        """Wait until no migration is open; called when every application has ended, which makes all of them due."""
         if self._thread.ident is not None:
             self._thread.join()
 
     def stop(self) -> None:
-        """Begin no further migration and wait for the one under way."""
+        """Start no further migration and wait for the one in progress."""
         self._stopped.set()
         if self._thread.ident is not None:
             self._thread.join(60)
@@ -95,7 +95,7 @@ class Schedule:
                 self._stopped.wait(POLL)
 
     def _due(self) -> list[ResolvedMigration]:
-        """Those whose moment has come or whose program has ended, longest overdue first; each app's in order."""
+        """The migrations that are due or whose program has ended, longest overdue first; each app's in order."""
         for name in self._traffic:
             self._count(name)
         found: dict[str, tuple[float, ResolvedMigration]] = {}
@@ -106,7 +106,7 @@ class Schedule:
         return [migration for _, migration in late]
 
     def _lateness(self, migration: ResolvedMigration) -> float:
-        """Seconds (or, for a byte count, anything from 0) past the moment; negative before it."""
+        """How late a migration is: seconds, or bytes for a byte count; negative before it is due."""
         app = self._session.apps.all[migration.app]
         if app.started is None:
             return -1.0
@@ -118,15 +118,15 @@ class Schedule:
         return float(self._traffic[migration.app].total - migration.at_bytes)
 
     def _count(self, name: str) -> None:
-        """Look at the traffic of an application that runs."""
+        """Read the traffic of an application that is running."""
         if not self._session.apps.all[name].running:
             return
         host = self._session.apps.host_of(name).name
         if (count := self._bytes(host)) is not None:
-            self._traffic[name].look(host, count)
+            self._traffic[name].update(host, count)
 
     def _bytes(self, host: str) -> int | None:
-        """What the NIC of `host` has sent and received; None if it does not say."""
+        """The bytes that the NIC of `host` has sent and received; None if it does not answer."""
         try:
             counters = self._session.hosts[host].call("nic", command="counters", timeout=10)["counters"]
         except TestbedError:
@@ -134,12 +134,12 @@ class Schedule:
         return int(counters.get("tx_bytes", 0)) + int(counters.get("rx_bytes", 0))
 
     def _count_move(self, name: str, source: str, to: str, before: int | None) -> None:
-        """After a migration: the rest of the stay at `source`, and `before`, where the count began at `to`."""
+        """After a migration, count the rest of the bytes at `source`; `before` is the NIC's count at `to` before it."""
         if self._session.apps.host_of(name).name != to:
             return
         for host, count in ((source, self._bytes(source)), (to, before)):
             if count is not None:
-                self._traffic[name].look(host, count)
+                self._traffic[name].update(host, count)
 
     def _do(self, migration: ResolvedMigration) -> None:
         from testbed.migration import migrate
@@ -159,7 +159,9 @@ class Schedule:
         app = session.apps.all[migration.app]
         if not app.running:
             error = f"{migration.app} {app.end_in_words()} before its migration was due"
-            self.records.append(blank.model_copy(update={"error": error, "hint": "a longer run, or an earlier `at`"}))
+            self.records.append(
+                blank.model_copy(update={"error": error, "hint": "let the program run longer, or set an earlier `at`"})
+            )
             session.folder.event("migration_finished", index=migration.index, ok=False, rolled_back=False, error=error)
             return
         counted = migration.app in self._traffic
@@ -170,7 +172,7 @@ class Schedule:
         except TestbedError as error:
             rolled_back = bool(getattr(error, "rolled_back", False))
             record = blank.model_copy(update={"error": error.message, "hint": error.hint, "rolled_back": rolled_back})
-        except Exception as error:  # a defect: the run must still be taken down, and the defect seen
+        except Exception as error:  # a defect: it is recorded, and the run is still taken down
             with contextlib.suppress(OSError):
                 session.folder.log("migration-traceback").write_text(traceback.format_exc())
             record = blank.model_copy(update={"error": f"{type(error).__name__}: {error}"})
@@ -179,7 +181,7 @@ class Schedule:
             self._count_move(migration.app, source, migration.to, count_there)
 
     def _on_event(self, event: object) -> None:
-        """Flow changes as the summary lists them."""
+        """Collect flow changes for the summary."""
         if not isinstance(event, dict) or event.get("event") != "flow_change":
             return
         self.flow_changes.append(

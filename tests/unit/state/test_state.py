@@ -108,7 +108,7 @@ def test_two_runs_cannot_have_one_name(tmp_path: Path) -> None:
 
 
 def test_taken_link_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="link lo exists already"):
+    with pytest.raises(EnvironmentProblem, match="link lo already exists"):
         RunState.create(R1, tmp_path).record("link", name="lo")
 
 
@@ -213,7 +213,7 @@ def test_folder_with_something_mounted_below_is_kept(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        ("exit 0", "ovs bridge b exists already"),
+        ("exit 0", "ovs bridge b already exists"),
         ("exit 1", "does not say whether there is a bridge b"),
         ("kill -ALRM $$", "does not say whether there is a bridge b"),  # its --timeout
         ("exit 2", None),
