@@ -23,6 +23,7 @@ from testbed.controller.datapath import FlowCache, FlowCacheError
 from testbed.controller.discovery import SOLICITATION, Solicitation, advertise
 from testbed.controller.fabric import Fabric
 from testbed.controller.first_paths import FirstPaths
+from testbed.controller.openflow import flow_mod, messages
 from testbed.controller.routes import Change, RouteTable, Stage, side_by_side
 
 fw = framework.loaded()
@@ -34,8 +35,6 @@ BARRIER_TIMEOUT: Final = 10.0
 """Seconds to wait for a barrier reply. It takes milliseconds, or up to a second on a fully loaded machine."""
 FOLLOW_TIMEOUT: Final = 10.0
 """Seconds to wait until the datapath follows its tables; it usually takes one to three milliseconds."""
-COOKIE: Final = 0x6D6967726F73
-"""Cookie ("migros") that marks our flow entries."""
 
 log = logging.getLogger("testbed.controller")
 
@@ -108,13 +107,13 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
         if not known:
             # A bridge that this controller sees for the first time starts from nothing.
             everything = parser.OFPMatch()
-            datapath.send_msg(self._flow_mod(datapath, ofp.OFPFC_DELETE, everything, 0, []))
+            datapath.send_msg(flow_mod(datapath, ofp.OFPFC_DELETE, everything, 0, []))
         to_controller = [parser.OFPActionOutput(ofp.OFPP_CONTROLLER, ofp.OFPCML_NO_BUFFER)]
         for question in ({"eth_type": 0x0806}, {"eth_type": 0x86DD, "ip_proto": 58, "icmpv6_type": SOLICITATION}):
             match = parser.OFPMatch(**question)
-            datapath.send_msg(self._flow_mod(datapath, ofp.OFPFC_ADD, match, ARP_PRIORITY, to_controller))
+            datapath.send_msg(flow_mod(datapath, ofp.OFPFC_ADD, match, ARP_PRIORITY, to_controller))
         for flow in self.table.flows_of(name):
-            for message in self._messages(datapath, Change("added", flow)):
+            for message in messages(datapath, Change("added", flow)):
                 datapath.send_msg(message)
         datapath.send_msg(parser.OFPPortDescStatsRequest(datapath, 0))
         log.info("%s: connected", name)
@@ -187,36 +186,6 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
 
     # -- to the switches
 
-    def _flow_mod(self, datapath: Any, command: int, match: Any, priority: int, actions: list[Any]) -> Any:
-        deletes = command in (ofp.OFPFC_DELETE, ofp.OFPFC_DELETE_STRICT)
-        apply = [] if deletes else [parser.OFPInstructionActions(ofp.OFPIT_APPLY_ACTIONS, actions)]
-        return parser.OFPFlowMod(
-            datapath=datapath,
-            cookie=0 if deletes else COOKIE,
-            command=command,
-            priority=priority,
-            match=match,
-            instructions=apply,
-            out_port=ofp.OFPP_ANY,
-            out_group=ofp.OFPG_ANY,
-        )
-
-    def _messages(self, datapath: Any, change: Change) -> list[Any]:
-        """The flow-mods of one change. A companion entry is added after its flow and deleted before it."""
-        flow = change.flow
-        rewrite = [parser.OFPActionSetField(eth_dst=flow.eth_dst)] if flow.eth_dst else []
-        field, address = flow.match
-        match = {"eth_type": 0x0800 if field == "ipv4_dst" else 0x86DD, field: address}
-        onward = [*rewrite, parser.OFPActionOutput(flow.out_port)]
-        back = [*rewrite, parser.OFPActionOutput(ofp.OFPP_IN_PORT)]
-        entries = [
-            (parser.OFPMatch(**match), flow.priority, onward),
-            (parser.OFPMatch(in_port=flow.out_port, **match), flow.priority + 1, back),
-        ]
-        if change.action == "added":
-            return [self._flow_mod(datapath, ofp.OFPFC_ADD, *entry) for entry in entries]
-        return [self._flow_mod(datapath, ofp.OFPFC_DELETE_STRICT, *entry) for entry in reversed(entries)]
-
     def _carry_out(self, stages: list[Stage]) -> list[dict[str, Any]]:
         """Send each stage to its switches, with a barrier to each, and wait for the replies before the next stage.
 
@@ -234,7 +203,7 @@ class Reroute(fw.App):  # type: ignore[misc, name-defined]
                 self._refused.pop(switch, None)
                 for change in stage:
                     if change.flow.switch == switch:
-                        for message in self._messages(datapath, change):
+                        for message in messages(datapath, change):
                             datapath.send_msg(message)
                 barrier = parser.OFPBarrierRequest(datapath)
                 datapath.set_xid(barrier)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +13,7 @@ from testbed.cleanup.state import RunState
 from testbed.controller.client import ControllerClient
 from testbed.controller.process import ControllerProcess
 from testbed.network import fixtures, machine, scheduling, shaping, ssh
+from testbed.network.host import VirtualHost
 from testbed.network.plan import MANAGEMENT_INTERFACE, Plan, Wire, plan
 from testbed.topology import ResolvedTopology
 
@@ -25,46 +24,6 @@ NEIGHBOUR_LIFETIME: Final = 3_600_000
 MANAGEMENT_MTU: Final = 9000
 NODE_PREFIX: Final = 16
 """Prefix length of the node addresses, 100.64.0.0/16."""
-
-
-@dataclass(frozen=True, slots=True)
-class VirtualHost:
-    """A running virtual host."""
-
-    name: str
-    pid: int
-    """Process id of the shell that holds the host's network and mount namespaces open."""
-    interface: str
-    """Name of the data interface inside the host."""
-    mac: str
-    ip: str
-    node_ip: str
-    mgmt_ip: str
-    """Address that the host's SSH server listens on; reachable from the root namespace only."""
-    access: ssh.Access
-
-    def inside(self, argv: Sequence[str]) -> list[str]:
-        """`argv` preceded by a command that enters this host's network and mount namespaces."""
-        return ["mnexec", "-a", str(self.pid), *argv]
-
-    def run(
-        self, argv: Sequence[str], *, timeout: float = 60.0, check: bool = True
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a short command in the host. Raises RunFailed if it fails (unless `check` is False) or times out."""
-        try:
-            done = subprocess.run(self.inside(argv), capture_output=True, text=True, timeout=timeout, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise RunFailed(f"`{' '.join(argv)}`: {error}", where=f"host {self.name}") from error
-        if check and done.returncode != 0:
-            message = (done.stderr or done.stdout).strip()
-            raise RunFailed(
-                f"`{' '.join(argv)}` ended with code {done.returncode}: {message}", where=f"host {self.name}"
-            )
-        return done
-
-    def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """Start a command in the host; `options` are those of subprocess.Popen."""
-        return subprocess.Popen(self.inside(argv), **options)
 
 
 class Network:

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from testbed.base.errors import BadInput, Problem, TopologyError
 from testbed.topology import checks
 from testbed.topology.models import App, Host, Impair, Link, Migration, Nic, Report, Section, Topology
+from testbed.topology.view import View
 
 Lines = dict[str, int]
 """Path in the file (`apps.client.after`) → 1-based line."""
@@ -81,7 +82,7 @@ def parse(text: str, file: str = "<topology>") -> Topology:
     except ValidationError as error:
         problems += [_from_pydantic(detail) for detail in error.errors(include_url=False)]
     # The checks run on whatever could be read, so that a typo in one section does not hide mistakes in another.
-    problems += checks.check(checks.View.of(data))
+    problems += checks.check(View.of(data))
     if problems:
         placed = [_with_line(problem, lines) for problem in problems]
         raise TopologyError(file, sorted(dict.fromkeys(placed), key=lambda problem: problem.line or 0))
