@@ -2,7 +2,7 @@
 
 An application's folder `apps/<name>/` holds stdout, stderr and, once it has ended, `exit`; by default it is its working
 directory. A running application is identified by its init: pid 1 of its namespace and root of the tree that CRIU dumps.
-A migration gives it another init (`adopt` at the destination, `release` at the source) and keeps its folder's path.
+A migration gives it another init (`adopt` at the destination, `forget` at the source) and keeps its folder's path.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def adopt(
     return app
 
 
-def release(agent: Agent, name: str) -> App:
+def forget(agent: Agent, name: str) -> App:
     """Forget an application that has moved away, so that the end of the original is not reported. Its folder stays."""
     app = find_app(agent, name)
     agent.watch.unwatch(app.init)

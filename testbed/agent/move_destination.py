@@ -173,7 +173,7 @@ def migrate_resume(agent: Agent, *, migration: str, source_ip: str) -> dict[str,
                 with collect(problems):
                     answer = nic.command("resume", request, NIC_SECONDS)
         with phase(agent, migration, "thaw"), collect(problems):
-            restore.release()
+            restore.thaw()
             tree.change_policy(init, os.SCHED_OTHER, move.policy)
         shutil.rmtree(move.folder, ignore_errors=True)
         _forget(agent, move)

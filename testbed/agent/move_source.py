@@ -143,19 +143,19 @@ def migrate_commit(agent: Agent, *, migration: str, remove_address: str | None =
         if move.done or move.dump is None:
             raise OperationError(f"migration {migration!r} cannot be committed: it was rolled back")
         move.done = True
-        released = apps.release(agent, move.app.name)
+        original = apps.forget(agent, move.app.name)
         with collect(problems):
             try:
                 move.dump.commit()
             except CriuFailed:
                 # A CRIU that died has let the program continue, but two copies must not run.
-                send_signal(released.init, signal.SIGKILL)
+                send_signal(original.init, signal.SIGKILL)
                 raise
         with collect(problems):
-            if not wait_ended(released.init, END_SECONDS):
+            if not wait_ended(original.init, END_SECONDS):
                 raise OperationError(f"the original did not end within {END_SECONDS:g} s after it was killed")
-            if released.launcher is not None:
-                released.launcher.wait()
+            if original.launcher is not None:
+                original.launcher.wait()
         if move.contexts:
             with collect(problems):
                 running_nic(agent).command("discard", {"contexts": move.contexts}, NIC_SECONDS)

@@ -3,8 +3,8 @@
     Restore(...)         CRIU starts, probes the kernel and then waits for the first image that it reads
     begin(inventory)     all other images are in `images`: CRIU gets the first one and restores
     wait_restored()      memory, descriptors and sockets are restored, the program is frozen: reroute, resume the NIC
-    release()            the program runs                — or —
-    abort()              CRIU kills what it restored; possible at every moment before `release`
+    thaw()               the program runs                — or —
+    abort()              CRIU kills what it restored; possible at every moment before `thaw`
 
 CRIU's start and its probing of the kernel (tens of milliseconds) are not part of the blackout, because the first image
 that `criu restore` reads, inventory.img, is a FIFO here: CRIU blocks in read(2) until the agent writes the content and
@@ -101,7 +101,7 @@ class Restore:
             raise CriuFailed("criu restore did not name the restored process")
         return self._restored.pid
 
-    def release(self, timeout: float = END_SECONDS) -> None:
+    def thaw(self, timeout: float = END_SECONDS) -> None:
         """Let the program run, and wait until CRIU has ended. Raises CriuFailed."""
         if self._restored is None:
             raise CriuFailed("nothing has been restored")
