@@ -1,8 +1,8 @@
 """One end of a simulated connection: what its program asked for, and whether what happens is what was asked for.
 
-Memory of each end, from BASE: SOURCE (its messages; key 1), LAND (its receives; key 2), TARGET (the partner's WRITEs;
-key 3), READABLE (the partner's READs; key 3), RESULTS (what its READs and atomics bring; key 4), CELLS (the partner's
-atomics; key 5). Each message has a slot of its own in each; everything else is a guard that nobody may touch.
+Memory of each end, from BASE: SOURCE (its messages; key 1), LAND (its receives; key 2), TARGET (the peer's WRITEs;
+key 3), READABLE (the peer's READs; key 3), RESULTS (what its READs and atomics bring; key 4), CELLS (the peer's
+atomics; key 5). Each message has a slot of its own in each; everything else is a guard that must not change.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Message:
 
     @property
     def receives(self) -> bool:
-        """It takes a receive of the partner's."""
+        """It consumes a receive of the peer."""
         return self.kind in _RECEIVING
 
 
@@ -63,9 +63,9 @@ class Side:
     received: int = 0
     failed: str = ""
     cell: int = 0
-    """What the partner's cell holds after this side's atomics so far."""
+    """What the peer's cell holds after this side's atomics so far."""
     landed: dict[int, Message] = field(default_factory=dict)
-    """By receive slot: the partner's message that completed it."""
+    """By receive slot: the peer's message that completed it."""
 
     @property
     def done(self) -> bool:
@@ -88,7 +88,7 @@ class Side:
     # -- asking ----------------------------------------------------------------------------------------------------
 
     def prepare(self, message: Message) -> None:
-        """Lay the message's data ready (for a READ, at the partner's)."""
+        """Lay the message's data ready (for a READ, at the peer)."""
         assert self.peer is not None
         if message.kind in _ATOMICS:
             message.before = self.cell

@@ -14,7 +14,7 @@ class CommandTrace:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
 
     def write(self, line: str) -> None:
-        """Append a line. On a full disk it is lost, and the NIC goes on."""
+        """Append a line. On a full disk it is lost, and the NIC continues."""
         with contextlib.suppress(OSError):
             self._file.write(f"{time.monotonic():.6f} {line}\n".encode())
 

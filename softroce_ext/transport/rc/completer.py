@@ -264,7 +264,7 @@ def _rnr_nak(qp: Connection, psn: int, code: int, now: float) -> None:
         _answer_lost(qp)
         return
     if sender.rnr_deadline is not None:
-        return  # a second one for the same PSN: the wait has begun
+        return  # a second one for the same PSN: the wait has started
     if not sender.take_rnr_retry(qp.attributes.rnr_retry):
         qp.fail_oldest(WcStatus.RNR_RETRY_EXC_ERR)
         return

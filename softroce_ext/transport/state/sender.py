@@ -188,7 +188,7 @@ class Sender:
         return self.send_psn != self.una_psn
 
     def begin_timeout_retry(self, now: float) -> None:
-        """A timeout begins a retry of its own, whatever NAK has begun one before."""
+        """A timeout starts a retry of its own, even if a NAK has started one before."""
         self.retry_started = False
         self.retransmitted_until_psn = self.high_psn
         self.retransmitted_at = now
