@@ -24,14 +24,15 @@ HEAD = """# States of a queue pair
 Generated from `softroce_ext/transport/states.py` and `softroce_ext/transport/state/movement.py` by
 `docs/make_state_diagrams.py`; do not edit.
 
-RC, UC and UD have the states that a program sees (`ibv_modify_qp`, `ibv_query_qp`; IBA 10.3.1). The states of a
-[migration](#migration) exist beside them, and no program sees them.
+RC, UC and UD have the states that a program sees (`ibv_modify_qp`, `ibv_query_qp`; IBA 10.3.1). The
+states of a [migration](#migration) exist beside them, and no program sees them.
 """
 
 MIGRATION = """## Migration
 
 The states of MigrOS, of an RC queue pair and as it sees its peer: what they mean is in
-[wire-protocol.md](wire-protocol.md#states). Transitions that lead back to the same state are in the table only.
+[wire-protocol.md](wire-protocol.md#states). Transitions that lead back to the same state are in the
+table only.
 """
 
 
