@@ -228,6 +228,23 @@ def write(path: str | os.PathLike[str], image: Image, rings: RingSection) -> int
     return len(data)
 
 
+class _Versioned(BaseModel):
+    """What images of all versions have."""
+
+    version: int
+
+
+def _check_version(path: str | os.PathLike[str], image: Image | bytes) -> None:
+    """Raise ImageError when an image, or its text, is of another version. A text without a version passes."""
+    try:
+        version = image.version if isinstance(image, Image) else _Versioned.model_validate_json(image).version
+    except ValidationError:
+        return
+    if version != VERSION:
+        hint = "use the same version of the testbed at both ends"
+        raise ImageError(f"{path}: a NIC image of version {version}, this NIC reads version {VERSION}: {hint}")
+
+
 def read(path: str | os.PathLike[str]) -> tuple[Image, RingSection]:
     """Read and check an image file. Raises ImageError naming what is wrong and where, OSError."""
     if os.path.getsize(path) > MAX_IMAGE:
@@ -243,14 +260,15 @@ def read(path: str | os.PathLike[str]) -> tuple[Image, RingSection]:
         raise ImageError(f"{path}: {len(data)} bytes, but its header announces {head + text_length + ring_length + 4}")
     if zlib.crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]:
         raise ImageError(f"{path}: the checksum does not match, the file is damaged")
+    text = data[head : head + text_length]
     try:
-        image = Image.model_validate_json(data[head : head + text_length])
+        image = Image.model_validate_json(text)
     except ValidationError as error:
+        _check_version(path, text)  # an image of another version has other fields, which are not its fault
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the image"
         raise ImageError(f"{path}: {place}: {first['msg']} ({error.error_count()} faults)") from None
-    if image.version != VERSION:
-        raise ImageError(f"{path}: version: {image.version}, this NIC reads {VERSION}")
+    _check_version(path, image)
     try:
         unpacker = zlib.decompressobj()
         # No more than the records announce: some bytes can unpack to any number.

@@ -251,6 +251,21 @@ def test_every_damaged_byte_is_noticed(full: Program, second_upper: Make, tmp_pa
     assert other.adapter.contexts == {} and list((other.run / "ctx").iterdir()) == []
 
 
+def test_an_image_of_an_older_nic_is_refused_by_its_version(full: Program, second_upper: Make, tmp_path: Path) -> None:
+    """Its fields are others (version 3 had a queue pair's `context`): the message is about the version all the same."""
+    made, rings = checkpoint.dump(full.upper.adapter, [full.context])
+    plain = made.model_dump()
+    plain["version"] = 3
+    for record in plain["contexts"][0]["qps"]:
+        record["context"] = record.pop("state")
+    path = tmp_path / "image"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydantic sees that this is not an image; the file shall have it
+        image.write(path, image.Image.model_construct(**plain), rings)
+    with pytest.raises(ImageError, match=f"a NIC image of version 3, this NIC reads version {image.VERSION}"):
+        restored(second_upper(), path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
