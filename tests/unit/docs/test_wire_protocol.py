@@ -1,4 +1,8 @@
-"""docs/wire-protocol.md states the numbers that the code has: each row of its marked tables is compared."""
+"""docs/wire-protocol.md states the numbers that the code has.
+
+Each row of its marked tables is compared with the code, and so is each number in its prose that names a field of a
+packet. A row that cannot be read and a number that is no longer found are failures, not omissions.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,31 @@ from pathlib import Path
 import pytest
 
 from softroce_ext.transport.engine import EngineConfig
-from softroce_ext.wire import headers, opcodes
+from softroce_ext.transport.gsi import MAD_BYTES
+from softroce_ext.transport.state.movement import MovementState
+from softroce_ext.wire import headers, opcodes, path
 
-TEXT = (Path(__file__).parents[3] / "docs" / "wire-protocol.md").read_text(encoding="utf-8")
-CONSTANT = re.compile(r"^\| (?P<what>[^|]+) \| (?P<value>[\d.x]+(?:[a-f\d]*))(?: s)? \| `(?P<name>[\w.]+)` \|$", re.M)
-CONSTANTS = [match.group("what", "value", "name") for match in CONSTANT.finditer(TEXT)]
-BYTE_8 = {int(bits, 16): text for bits, text in re.findall(r"^\| 8 \| (0x[0-9a-f]{2}) \| (.+) \|$", TEXT, re.M)}
+DOCS = Path(__file__).parents[3] / "docs"
+TEXT = (DOCS / "wire-protocol.md").read_text(encoding="utf-8")
+MARK = "<!-- compared with the code: tests/unit/docs/test_wire_protocol.py -->"
+JOINED = re.sub(r"(?<!\n)\n(?!\n) *", " ", TEXT)
+"""The text with each paragraph on one line, so that a pattern does not depend on where lines break."""
+WORDS = ("no", "one", "two", "three", "four")
+
+
+def marked_table(after: str) -> list[list[str]]:
+    """The rows of the first marked table after the text `after`, without its head."""
+    lines = TEXT.partition(after)[2].partition(MARK)[2].lstrip("\n").splitlines()
+    end = next((n for n, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    assert end > 2, f"docs/wire-protocol.md has no marked table after {after!r}"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:end]]
+
+
+def number(text: str) -> float:
+    """A hexadecimal or decimal number, with or without the unit of seconds."""
+    match = re.fullmatch(r"(0x[0-9a-f]+|\d+(?:\.\d+)?)(?: s)?", text)
+    assert match, f"{text!r} is not a number, or not with the unit s"
+    return float(int(match[1], 16)) if match[1].startswith("0x") else float(match[1])
 
 
 def real(name: str) -> float:
@@ -25,20 +48,51 @@ def real(name: str) -> float:
     return float(getattr(importlib.import_module(f"softroce_ext.{holder}"), attribute))
 
 
-def number(text: str) -> float:
-    return float(int(text, 16)) if text.startswith("0x") else float(text)
+CONSTANTS = {name.strip("`"): value for _, value, name in marked_table("## Constants")}
+BYTE_8 = {int(bits, 16): text for byte, bits, text in marked_table("## Frame") if byte == "8"}
+OURS = [bit for bit, text in BYTE_8.items() if "MigrOS" in text]
+
+PROSE = {
+    r"destination (\d+), checksum": path.ROCE_PORT,
+    r"P_Key (0x[0-9a-f]+)": headers.PKEY_DEFAULT,
+    r"Q_Key (0x[0-9a-f]+)": headers.GSI_QKEY,
+    r"that is (\d+) for QP1": path.datagram_source_port(headers.GSI_QPN),
+    r"MADs of (\d+) bytes": MAD_BYTES,
+    r"every (\d+)th packet": EngineConfig().packets_per_ackreq,
+    r"opcode; RC is (0x[0-9a-f]+) to": opcodes.RC,
+    r"opcode; RC is 0x[0-9a-f]+ to (0x[0-9a-f]+)": opcodes.RC | 0xFF & ~opcodes.TRANSPORT_MASK,
+    r"UC (0x[0-9a-f]+) to": opcodes.UC,
+    r"UC 0x[0-9a-f]+ to (0x[0-9a-f]+)": opcodes.UC | 0xFF & ~opcodes.TRANSPORT_MASK,
+    r"UD (0x[0-9a-f]+) to": opcodes.UD,
+    r"UD 0x[0-9a-f]+ to (0x[0-9a-f]+)": opcodes.UD | 0xFF & ~opcodes.TRANSPORT_MASK,
+    r"ACKNOWLEDGE \(opcode (0x[0-9a-f]+)\)": opcodes.ACKNOWLEDGE,
+    r"opcode \*\*(0x[0-9a-f]+)\*\*": opcodes.RESUME,
+    r"BTH  opcode (0x[0-9a-f]+)": opcodes.RESUME,
+    r"AETH syndrome \*\*(0x[0-9a-f]+)\*\*": headers.NAK_STOPPED,
+    r"NAK (0x65)": headers.NAK_STOPPED,
+    r"NAK (0x[0-9a-f]+) \(PSN sequence error\)": headers.NAK_PSN_SEQUENCE,
+    r"AETH syndrome (0x[0-9a-f]+) \(ACK, credits": headers.ACK_UNLIMITED,
+    r"byte 8, bit (0x[0-9a-f]+)": headers.MIGROS_CAPABLE,
+    r"byte 8 bit \*\*(0x[0-9a-f]+)\*\*": headers.MIGROS_RESUMED,
+    r"bit (0x[0-9a-f]+) marks the one that answers": headers.MIGROS_RESUMED,
+    r"carries bit (0x[0-9a-f]+) and the PSN": headers.MIGROS_RECEIVER,
+}
+"""Pattern with one group → the value that each of its matches must have."""
 
 
-@pytest.mark.parametrize(("what", "value", "name"), CONSTANTS, ids=[name for _, _, name in CONSTANTS])
-def test_a_constant_is_the_code_s(what: str, value: str, name: str) -> None:
-    assert number(value) == real(name), what
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_is_the_code_s(name: str) -> None:
+    assert number(CONSTANTS[name]) == real(name)
 
 
-def test_every_timer_of_the_extension_has_a_row() -> None:
-    timers = {
-        f"EngineConfig.{name}" for name in vars(EngineConfig)["__slots__"] if re.match(r"pause|stale|resume", name)
-    }
-    assert timers and timers <= {name for _, _, name in CONSTANTS}
+def test_every_constant_of_the_extension_has_a_row() -> None:
+    fields = [name for name in vars(EngineConfig)["__slots__"] if re.match(r"pause|stale|resume|window|packets", name)]
+    wanted = {
+        "wire.opcodes.RESUME", "wire.headers.NAK_STOPPED", "process.nic.MAX_WINDOW", "device.window.PACKETS_IN_FLIGHT",
+        *(f"EngineConfig.{name}" for name in fields),
+    }  # fmt: skip
+    assert len(fields) == 8
+    assert wanted <= set(CONSTANTS)
 
 
 def test_byte_8_of_the_bth_is_complete() -> None:
@@ -50,15 +104,34 @@ def test_byte_8_of_the_bth_is_complete() -> None:
     assert sum(BYTE_8) == 0xFF
 
 
-def test_the_prose_uses_the_same_numbers() -> None:
-    ours = len([bit for bit, text in BYTE_8.items() if "MigrOS" in text])
-    assert f"two messages and {['no', 'one', 'two', 'three', 'four'][ours]} bits" in TEXT
-    assert f"AETH syndrome **{headers.NAK_STOPPED:#x}**" in TEXT and f"opcode **{opcodes.RESUME:#x}**" in TEXT
-    assert f"every {EngineConfig().packets_per_ackreq}th packet" in TEXT
+@pytest.mark.parametrize("pattern", PROSE)
+def test_the_prose_uses_the_same_numbers(pattern: str) -> None:
+    found = re.findall(pattern, JOINED)
+    assert found, f"docs/wire-protocol.md has nothing like {pattern!r} any more"
+    assert {number(text) for text in found} == {PROSE[pattern]}
+
+
+def test_the_source_port_of_datagrams_is_the_formula() -> None:
+    base, factor, shift = re.findall(r"`(0xC000) \+ \(QPN × (0x[0-9A-Fa-f]+) mod 2³² >> (\d+)\)`", TEXT)[0]
+    for qpn in (1, 16, 0x20010, 0xFFFFFE):
+        stated = int(base, 16) + (qpn * int(factor, 16) % 2**32 >> int(shift))
+        assert stated == path.datagram_source_port(qpn)
+
+
+@pytest.mark.parametrize(
+    ("document", "pattern"),
+    [
+        ("wire-protocol.md", r"two messages and (\w+) bits"),
+        ("wire-protocol.md", r"The (\w+) bits in byte 8"),
+        ("architecture.md", r"\*\*(\w+) reserved BTH bits"),
+    ],
+)
+def test_the_bits_are_counted(document: str, pattern: str) -> None:
+    text = re.sub(r"\s+", " ", (DOCS / document).read_text(encoding="utf-8"))
+    found = re.findall(pattern, text)
+    assert [word.lower() for word in found] == [WORDS[len(OURS)]]
 
 
 def test_states_have_the_names_of_the_code() -> None:
-    from softroce_ext.transport.state.movement import MovementState
-
     rows = re.findall(r"^\| (Running|Stopped|Paused|Resuming) \|", TEXT, re.M)
     assert {part for state in MovementState for part in state.name.split("_")} == {row.upper() for row in rows}
