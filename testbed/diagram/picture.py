@@ -78,7 +78,7 @@ def draw(layout: Layout, path: Path, title: str) -> Path:
         # A line drawing needs few colours, and with a palette the file is a third of the size.
         whole = io.BytesIO()
         figure.savefig(whole, format="png")
-        Image.open(whole).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+        Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     else:
         figure.savefig(path)
     return path
