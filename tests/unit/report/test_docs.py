@@ -53,6 +53,15 @@ def test_every_option_of_the_nic_is_documented() -> None:
     assert [option for option in options if option != "--help" and f"`{option}" not in text] == []
 
 
+def test_no_option_is_documented_that_the_nic_lacks() -> None:
+    from softroce_ext.__main__ import parser
+
+    table = (ROOT / "docs" / "nic-control.md").read_text().partition("## Its run folder")[0]
+    rows = re.findall(r"^\| (`--[^|]+`) \|", table, re.MULTILINE)
+    documented = {option for row in rows for option in re.findall(r"--[a-z-]+", row)}
+    assert documented - {option for action in parser()._actions for option in action.option_strings} == set()
+
+
 def anchors(document: Path) -> set[str]:
     """The anchors that GitHub makes of a document's headings."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
