@@ -5,6 +5,7 @@ An IPv4 address always comes with its companion IPv6 address (`testbed.base.ip6`
 
 from __future__ import annotations
 
+import json
 import subprocess
 from typing import Any
 
@@ -40,11 +41,10 @@ def addresses(interface: str) -> list[str]:
     return [address for address, _ in _with_prefixes(interface)]
 
 
-def _with_prefixes(interface: str) -> list[tuple[str, str]]:
+def _with_prefixes(interface: str) -> list[tuple[str, int]]:
     """The addresses of `interface` with the lengths of their prefixes."""
-    words = _run("ip", "-oneline", "address", "show", "dev", interface).split()
-    found = [words[i + 1].partition("/") for i, word in enumerate(words) if word in ("inet", "inet6")]
-    return [(address, length) for address, _, length in found]
+    links = json.loads(_run("ip", "-json", "address", "show", "dev", interface))
+    return [(info["local"], info["prefixlen"]) for link in links for info in link.get("addr_info", [])]
 
 
 def _run(*argv: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,8 @@ from testbed.base import ip6
 @pytest.mark.parametrize("prefix", [8, 16, 24, 29])
 def test_removed_with_the_prefix_that_it_has(prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
     beside = ip6.companion("10.0.0.2")
-    shown = (
-        f"2: eth0    inet 10.0.0.9/{prefix} scope global eth0\\       valid_lft forever\n"
-        f"2: eth0    inet 10.0.0.2/{prefix} scope global secondary eth0\\       valid_lft forever\n"
-        f"2: eth0    inet6 {beside}/64 scope global nodad \\       valid_lft forever\n"
-    )
+    held = [("10.0.0.9", prefix), ("10.0.0.2", prefix), (beside, 64)]
+    shown = json.dumps([{"ifname": "eth0", "addr_info": [{"local": ip, "prefixlen": length} for ip, length in held]}])
     ran: list[tuple[str, ...]] = []
     monkeypatch.setattr(addresses, "_run", lambda *argv: ran.append(argv) or shown)
     agent: Any = SimpleNamespace(interface="eth0")
