@@ -69,6 +69,10 @@ def test_the_version_stands_in_one_place(archives: tuple[Path, Path]) -> None:
     assert f"## [{testbed.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_installation_page_names_this_wheel(archives: tuple[Path, Path]) -> None:
+    assert archives[0].name in (ROOT / "docs" / "install.md").read_text()
+
+
 def test_both_archives_hold_everything(archives: tuple[Path, Path]) -> None:
     data = [
         path.relative_to(ROOT)
