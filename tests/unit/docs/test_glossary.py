@@ -10,9 +10,10 @@ TEXT = (Path(__file__).resolve().parents[3] / "docs" / "glossary.md").read_text(
 FIRST_CELLS = re.findall(r"^\| (\*\*.+?) \|", TEXT, re.MULTILINE)
 TERMS = [term for cell in FIRST_CELLS for term in re.findall(r"\*\*(.+?)\*\*", cell)]
 EXPECTED = {
-    "GSI", "NIC", "Paused", "Resuming", "Stopped", "agent", "blackout", "doorbell", "freeze", "hold", "image", "impair",
-    "node address", "opening", "peer", "phase", "queue pair", "record", "resume", "ring", "room", "session", "stop",
-    "testbed", "thaw", "trace", "unhold", "user context", "user queue pair",
+    "GSI", "NIC", "Paused", "Resuming", "Running", "Stopped", "agent", "blackout", "doorbell", "freeze",
+    "hold", "image", "impair", "node address", "opening", "peer", "phase", "queue pair", "queue-pair state",
+    "record", "resume", "ring", "room", "session", "stop", "testbed", "thaw", "trace", "unhold",
+    "user context", "user queue pair",
 }  # fmt: skip
 
 
