@@ -160,7 +160,7 @@ def test_full_disk_is_the_environments_fault_and_leaves_nothing(tmp_path: Path) 
         run.wait_for(lambda e: e["event"] == "stage" and e["name"] == "network")
         made = run.made()
         assert run.finish() == Exit.ENVIRONMENT
-        assert "the results cannot be written" in run.stderr and "Traceback" not in run.stderr
+        assert "cannot write the results" in run.stderr and "Traceback" not in run.stderr
         assert made.left() == []
     finally:
         subprocess.run(["umount", tmp_path / "r"], check=True)
