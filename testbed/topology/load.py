@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -42,9 +41,14 @@ def find(name: str | Path) -> Path:
 
 
 def shipped_folder() -> Path | None:
-    """The folder `topologies/` of the checkout or of the installed distribution; None if neither exists."""
-    checkout = Path(__file__).resolve().parents[2]
-    for folder in (checkout / "topologies", Path(sys.prefix) / "share/migros-testbed/topologies"):
+    """The folder `topologies/` of the checkout or of the installed distribution; None if neither exists.
+
+    An installation puts data below the prefix whose `lib/python3.x/site-packages` has the package (`pip install`, also
+    with `--user` or `--prefix`), or beside the package (`pip install --target`).
+    """
+    beside = Path(__file__).resolve().parents[2]
+    installed = [root / "share/migros-testbed/topologies" for root in (beside, *beside.parents[2:3])]
+    for folder in (beside / "topologies", *installed):
         if folder.is_dir():
             return folder
     return None
