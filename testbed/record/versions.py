@@ -10,6 +10,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from testbed import __version__
 from testbed.record.summary import Environment
 
 PACKAGES = (
@@ -59,7 +60,10 @@ def collect(
         cpus=os.cpu_count() or 0,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         python=platform.python_version(),
-        packages={name: version for name in PACKAGES if (version := _package(name))},
+        packages={
+            "migros-testbed": __version__,  # An installed copy has no commit that names its source.
+            **{name: version for name in PACKAGES if (version := _package(name))},
+        },
         binaries=binaries,
         criu=_number(_first_line([*criu, "--version"])) if criu else None,
         ovs=_number(_first_line(["ovs-vsctl", "--version"])),
