@@ -26,7 +26,10 @@ def _use_own_environment() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         os.execv(python, [str(python), "-m", "testbed", *sys.argv[1:]])
     print(f"testbed: this Python ({sys.executable}) lacks the testbed's dependencies", file=sys.stderr)
-    print("  hint: ./bootstrap installs them into .venv", file=sys.stderr)
+    if (root / "bootstrap").is_file():
+        print("  hint: ./bootstrap installs them into .venv", file=sys.stderr)
+    else:
+        print("  hint: install the testbed's wheel with pip, without --no-deps", file=sys.stderr)
     sys.exit(Exit.ENVIRONMENT)
 
 
