@@ -184,13 +184,13 @@ class QpTrace:
         stamped = {"t": round(line.pop("t", None) or self._clock(), 7), **line}
         try:
             self._file.write(json.dumps(stamped, separators=(",", ":")) + "\n")
-        except OSError:
-            self._end()
-            return
-        self.lines += 1
-        if self.lines == self._limit:
+            self.lines += 1
+            if self.lines < self._limit:
+                return
             self._file.write(json.dumps({"t": stamped["t"], "event": "limit", "lines": self.lines}) + "\n")
-            self._end()
+        except OSError:  # the disk is full
+            pass
+        self._end()
 
     def _received(self, packet: Packet, qpn: int) -> dict[str, Any]:
         line = {"t": self._clock(), "event": "packet", "direction": "received", "qpn": qpn}
